@@ -1,0 +1,95 @@
+"""The command line; every flag of ``train`` is derived from the configuration models."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distmuon.errors import DistMuonError
+
+_USAGE = """usage: distmuon COMMAND ...
+
+commands:
+  train RUN.toml [--FLAG VALUE ...]   train as the run file says; flags override it (--help lists them)
+  report RUN_DIR [OTHER_DIR ...]      draw a run's report again, with the curves of others beside it
+  doctor                              show versions and what of this machine can be used
+
+train runs alone, under `torchrun --standalone --nproc-per-node N -m distmuon train ...`, and under `deepspeed`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: command-line arguments; None takes the process's.
+
+    Returns:
+        Exit status: 0 done, 1 failed, 2 wrong usage.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # The deepspeed launcher passes --local_rank as its first argument.
+    given = [argument for argument in given if not argument.startswith(("--local_rank", "--local-rank"))]
+    commands = {"train": _train, "report": _report, "doctor": _doctor}
+    if not given or given[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if given else 2
+    if given[0] not in commands:
+        print(f'distmuon: unknown command "{given[0]}"; use one of {", ".join(commands)}.', file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO if _first() else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        return commands[given[0]](given[1:])
+    except DistMuonError as error:
+        if _first():
+            print(f"distmuon {given[0]}: {error}", file=sys.stderr)
+        return 1
+
+
+def _train(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        if "--help" not in arguments and "-h" not in arguments:
+            print("distmuon train: name a run file first, e.g. configs/runs/moe_mini.toml.", file=sys.stderr)
+            return 2
+        arguments = ["", *arguments]
+    import torch.distributed as dist
+    import tyro
+
+    from distmuon.train.config import RunConfig, load_run
+
+    default = load_run(Path(arguments[0])) if arguments[0] else RunConfig()
+    run = tyro.cli(RunConfig, default=default, args=arguments[1:], prog=f"distmuon train {arguments[0] or 'RUN.toml'}")
+
+    from distmuon.train.report import summary_lines
+    from distmuon.train.run import train
+
+    directory = train(run, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if _first():
+        print("\n".join([*summary_lines(directory), f"report: {directory / 'report.html'}"]))
+    dist.destroy_process_group()
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: distmuon report RUN_DIR [OTHER_DIR ...]")
+        return 0 if arguments else 2
+    from distmuon.train.report import summary_lines, write_report
+
+    directory, *others = (Path(argument) for argument in arguments)
+    path = write_report(directory, others)
+    print("\n".join([*summary_lines(directory, others), f"report: {path}"]))
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    from distmuon.doctor import examine
+
+    print("\n".join(examine()))
+    return 0
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"

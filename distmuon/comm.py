@@ -1,0 +1,169 @@
+"""Every collective the optimizer issues, and the tally of what they cost.
+
+With one rank, or without an initialized process group, communication is skipped and the same code runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renames the flat collectives; older releases have only the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class CollectiveKey(NamedTuple):
+    """What collectives are tallied by."""
+
+    collective: str
+    group_size: int
+    dtype: str
+
+
+@dataclass
+class Cost:
+    """Calls, bytes handed to the collective, and bytes that this rank sends in the ring model."""
+
+    calls: int = 0
+    payload: int = 0
+    wire: int = 0
+
+
+@dataclass
+class Traffic:
+    """Tally of the collectives issued since the last reset."""
+
+    costs: dict[CollectiveKey, Cost] = field(default_factory=dict)
+
+    def add(self, collective: str, group_size: int, tensor: Tensor, wire: int) -> None:
+        """Count one call.
+
+        Args:
+            collective: name, e.g. "reduce_scatter".
+            group_size: number of ranks taking part.
+            tensor: the largest tensor of the call.
+            wire: bytes that this rank sends.
+        """
+        key = CollectiveKey(collective, group_size, str(tensor.dtype).removeprefix("torch."))
+        cost = self.costs.setdefault(key, Cost())
+        cost.calls += 1
+        cost.payload += tensor.numel() * tensor.element_size()
+        cost.wire += wire
+
+    def wire_bytes(self) -> int:
+        """Ring-model bytes sent by this rank since the last reset."""
+        return sum(cost.wire for cost in self.costs.values())
+
+    def reset(self) -> None:
+        """Start counting from zero."""
+        self.costs.clear()
+
+
+class Pending:
+    """A collective under way; keeps its buffers alive until waited for."""
+
+    def __init__(self, result: Tensor, work: Any = None, buffers: Sequence[Tensor] = ()) -> None:
+        self._result = result
+        self._work = work
+        self._buffers = buffers
+
+    def wait(self) -> Tensor:
+        """Wait for the collective and return its result."""
+        if self._work is not None:
+            self._work.wait()
+            self._work, self._buffers = None, ()
+        return self._result
+
+
+class Group:
+    """A process group as the optimizer uses it."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None, traffic: Traffic) -> None:
+        self.process_group = process_group
+        self.traffic = traffic
+        self.size: int = dist.get_world_size(process_group) if _initialized() else 1
+        self.rank: int = dist.get_rank(process_group) if _initialized() else 0
+        self.ranks: tuple[int, ...] = (0,)
+        if _initialized():
+            self.ranks = tuple(dist.get_process_group_ranks(process_group))
+
+    def reduce_scatter(self, full: Tensor) -> Pending:
+        """Sum a [d * n] tensor over the ranks and keep the own n elements; asynchronous."""
+        if self.size == 1:
+            return Pending(full)
+        shard = full.new_empty(full.numel() // self.size)
+        work = _reduce_scatter(shard, full, group=self.process_group, async_op=True)
+        self.traffic.add("reduce_scatter", self.size, full, _bytes(full) * (self.size - 1) // self.size)
+        return Pending(shard, work, (full, shard))
+
+    def all_gather(self, full: Tensor) -> Pending:
+        """Complete a [d * n] tensor whose own n elements are in place; asynchronous."""
+        if self.size == 1:
+            return Pending(full)
+        numel = full.numel() // self.size
+        shard = full[self.rank * numel : (self.rank + 1) * numel]
+        work = _all_gather(full, shard, group=self.process_group, async_op=True)
+        self.traffic.add("all_gather", self.size, full, _bytes(full) * (self.size - 1) // self.size)
+        return Pending(full, work, (full, shard))
+
+    def all_to_all(self, send: Tensor, send_counts: list[int], receive_counts: list[int]) -> Pending:
+        """Send consecutive parts of a flat tensor to each rank; asynchronous."""
+        received = send.new_empty(sum(receive_counts))
+        work = dist.all_to_all_single(
+            received, send, receive_counts, send_counts, group=self.process_group, async_op=True
+        )
+        self.traffic.add("all_to_all", self.size, send, _bytes(send))
+        return Pending(received, work, (send, received))
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum a small tensor over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.process_group)
+            self.traffic.add("all_reduce", self.size, values, 2 * _bytes(values) * (self.size - 1) // self.size)
+        return values
+
+    def all_gather_text(self, text: str, device: torch.device) -> list[str]:
+        """Collect one text per rank; texts may differ in length."""
+        if self.size == 1:
+            return [text]
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+        length = torch.tensor([data.numel()], device=device)
+        lengths = [torch.zeros_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length, group=self.process_group)
+        longest = max(int(value) for value in lengths)
+        padded = torch.cat([data, data.new_zeros(longest - data.numel())])
+        texts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(texts, padded, group=self.process_group)
+        return [
+            bytes(part[: int(count)].tolist()).decode() for part, count in zip(texts, lengths, strict=True)
+        ]
+
+
+def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Give the optimizer a group of its own, so that a user's collectives between backward and step cannot interleave.
+
+    Args:
+        process_group: the user's group, used as it is; None for all ranks.
+
+    Returns:
+        ``process_group``, or a new group of all ranks, or None if there is only one rank.
+    """
+    if process_group is not None or not _initialized() or dist.get_world_size() == 1:
+        return process_group
+    group = dist.new_group()
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,79 @@
+"""Matrices of a shard made whole: which pieces travel where, and how they are put together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distmuon.bucket import Bucket
+from distmuon.plan import Matrix, overlap
+
+
+def outgoing(bucket: Bucket, shard: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    """Collect the pieces of cut matrices that other ranks need, in the order of receiver, matrix, piece.
+
+    Args:
+        bucket: this rank's bucket.
+        shard: [shard] Newton-Schulz inputs in the dtype that travels.
+
+    Returns:
+        Flat tensor to send, elements for each rank, elements from each rank.
+    """
+    parts: list[Tensor] = []
+    sent, received = [0] * bucket.world, [0] * bucket.world
+    for other in range(bucket.world):
+        for matrix in _shared(bucket, other):
+            for start, length in _pieces(bucket, bucket.rank, matrix):
+                parts.append(shard[start : start + length])
+                sent[other] += length
+            received[other] += sum(length for _, length in _pieces(bucket, other, matrix))
+    return torch.cat(parts) if parts else shard[:0], sent, received
+
+
+def assemble(bucket: Bucket, shard: Tensor, received: Tensor) -> dict[Matrix, Tensor]:
+    """Put every matrix together that this rank holds a piece of.
+
+    Args:
+        bucket: this rank's bucket.
+        shard: [shard] Newton-Schulz inputs.
+        received: what the other ranks' ``outgoing`` sent here; may be empty if no matrix is cut.
+
+    Returns:
+        [rows, cols] tensors; views of ``shard`` for whole matrices.
+    """
+    matrices: dict[Matrix, Tensor] = {}
+    for held in bucket.held:
+        matrix = held.matrix
+        if not matrix.cut and held.length == matrix.numel:
+            matrices[matrix] = shard[held.part].view(matrix.rows, matrix.cols)
+            continue
+        flat = matrices.setdefault(matrix, shard.new_empty(matrix.rows, matrix.cols)).view(-1)
+        flat[held.within : held.within + held.length].copy_(shard[held.part])
+    offset = 0
+    for other in range(bucket.world):
+        for matrix in _shared(bucket, other):
+            flat = matrices[matrix].view(-1)
+            for piece in bucket.plan.pieces[other]:
+                start, length = overlap(piece, matrix)
+                within = start - matrix.start
+                flat[within : within + length].copy_(received[offset : offset + length])
+                offset += length
+    assert offset == received.numel()
+    return matrices
+
+
+def _shared(bucket: Bucket, other: int) -> list[Matrix]:
+    """Cut matrices that both this rank and another hold a piece of."""
+    if other == bucket.rank:
+        return []
+    return [m for m in bucket.plan.matrices if m.cut and bucket.rank in m.holders and other in m.holders]
+
+
+def _pieces(bucket: Bucket, rank: int, matrix: Matrix) -> list[tuple[int, int]]:
+    """(Offset in the rank's shard, length) of each piece of a matrix."""
+    found = []
+    for piece in bucket.plan.pieces[rank]:
+        start, length = overlap(piece, matrix)
+        if length:
+            found.append((piece.offset + start - piece.start, length))
+    return found

@@ -1,0 +1,188 @@
+"""Strict configuration models and the one function that turns raw tables into them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from distmuon.errors import ConfigError
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+
+
+class Strict(BaseModel):
+    """Base of every configuration model: frozen, no unknown keys, no silent conversions, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class NewtonSchulz(Strict):
+    """How matrices are orthogonalized."""
+
+    preset: Literal["papers"] = "papers"
+    """Coefficient preset: "papers" is (3.4445, -4.7750, 2.0315) at every step."""
+    steps: int = Field(default=5, ge=1, le=20)
+    """Number of Newton-Schulz iterations, 1 to 20."""
+    dtype: DTypeName = "bfloat16"
+    """Precision of the iteration and of the pieces sent between ranks."""
+
+
+Rate = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class GroupSettings(Strict):
+    """Settings of one param group; every group has all of them, whichever kind it is."""
+
+    kind: Literal["muon", "adamw"]
+    """Which rule updates the group: "muon" for matrices, "adamw" for everything else."""
+    lr: Rate
+    """Learning rate, at least 0."""
+    weight_decay: Rate
+    """Decoupled weight decay, at least 0."""
+    momentum: Beta
+    """Muon's momentum in [0, 1)."""
+    nesterov: bool
+    """Whether Muon looks ahead by one momentum step."""
+    betas: tuple[Beta, Beta]
+    """AdamW's decay rates, each in [0, 1)."""
+    eps: Annotated[float, Field(gt=0)]
+    """AdamW's denominator floor, above 0."""
+
+
+class MuonSettings(Strict):
+    """What a Muon optimizer is constructed with; the keys are also those of a DeepSpeed ``optimizer.params`` table."""
+
+    lr: Rate = 1e-3
+    """Learning rate of the matrices, at least 0."""
+    weight_decay: Rate = 0.1
+    """Decoupled weight decay, at least 0."""
+    momentum: Beta = 0.95
+    """Muon's momentum in [0, 1)."""
+    nesterov: bool = True
+    """Whether Muon looks ahead by one momentum step."""
+    adamw_lr: Rate | None = None
+    """Learning rate of the AdamW parameters; None takes lr."""
+    adamw_betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
+    """AdamW's decay rates, each in [0, 1)."""
+    adamw_eps: float = Field(default=1e-8, gt=0)
+    """AdamW's denominator floor, above 0."""
+    adamw_weight_decay: Rate | None = None
+    """Weight decay of the AdamW parameters; None takes weight_decay."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Clip the global norm of the raw gradients to this; None does not clip."""
+    adamw_backend: Literal["auto", "torch", "apex"] = "auto"
+    """"apex" runs NVIDIA apex's FusedAdam, "auto" takes it on CUDA where it is installed."""
+    ns: NewtonSchulz = NewtonSchulz()
+    """Newton-Schulz settings."""
+
+    def group_defaults(self, kind: Literal["muon", "adamw"]) -> dict[str, Any]:
+        """Settings that a param group of a kind starts from.
+
+        Args:
+            kind: "muon" or "adamw".
+
+        Returns:
+            A new dict with every key of ``GroupSettings``.
+        """
+        muon = kind == "muon"
+        return {
+            "kind": kind,
+            "lr": self.lr if muon or self.adamw_lr is None else self.adamw_lr,
+            "weight_decay": self.weight_decay
+            if muon or self.adamw_weight_decay is None
+            else self.adamw_weight_decay,
+            "momentum": self.momentum,
+            "nesterov": self.nesterov,
+            "betas": self.adamw_betas,
+            "eps": self.adamw_eps,
+        }
+
+
+class ShardSettings(MuonSettings):
+    """What DistMuon adds: placement and communication."""
+
+    policy: Literal["balanced", "flat"] = "balanced"
+    """"balanced" keeps matrices whole, "flat" cuts equal contiguous shards as ZeRO-1 does."""
+    bucket_mb: float = Field(default=25.0, gt=0)
+    """Size of a reduce-scatter in MB (10^6 bytes of the reduction dtype), above 0."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which gradients are summed over the ranks."""
+    grad_accum_dtype: Literal["float32"] | None = None
+    """"float32" accumulates micro-batches in float32 buffers and releases p.grad; None leaves them in p.grad."""
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse(model: type[Model], table: Mapping[str, Any], where: str) -> Model:
+    """Validate a raw table against a configuration model.
+
+    Args:
+        model: the configuration model.
+        table: nested mapping, e.g. parsed TOML or JSON.
+        where: what the table is called in messages, e.g. a file name.
+
+    Returns:
+        The validated, frozen model.
+
+    Raises:
+        ConfigError: names the first offending field, its value and what is legal.
+    """
+    try:
+        return model.model_validate(dict(table))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(model, error.errors()[0])}") from None
+
+
+def make_settings(**values: Any) -> ShardSettings:
+    """Check DistMuon's arguments.
+
+    Args:
+        values: fields of ``ShardSettings``; dtypes may be torch dtypes.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: names the first illegal one.
+    """
+    plain = {key: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for key, v in values.items()}
+    return parse(ShardSettings, plain, "DistMuon")
+
+
+def explain(model: type[BaseModel], problem: ErrorDetails) -> str:
+    """One sentence for one pydantic problem, with the nearest legal name for an unknown key.
+
+    Args:
+        model: the model that was validated.
+        problem: an entry of ``ValidationError.errors()``.
+
+    Returns:
+        The sentence.
+    """
+    path = [str(part) for part in problem["loc"]]
+    field = ".".join(path) or "the table"
+    if problem["type"] == "extra_forbidden":
+        names = _field_names(model, path[:-1])
+        near = difflib.get_close_matches(path[-1], names, n=1)
+        hint = f'did you mean "{near[0]}"?' if near else f"legal keys are {', '.join(sorted(names))}."
+        return f'unknown key "{field}"; {hint}'
+    if problem["type"] == "missing":
+        return f'"{field}" is missing and has no default; add it.'
+    return f'"{field}" = {problem["input"]!r} is not legal: {problem["msg"]}.'
+
+
+def _field_names(model: type[BaseModel], path: list[str]) -> list[str]:
+    current: type[BaseModel] = model
+    for part in path:
+        field = current.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        current = field.annotation
+    return list(current.model_fields)

@@ -1,0 +1,303 @@
+"""DistMuon: Muon with ZeRO-1 sharding of its own.
+
+Gradients are reduce-scattered while backward runs; ``step`` runs guard, momentum, completion, Newton-Schulz, apply and
+all-gather on this rank's shard. With one rank the same code runs and communication is skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distmuon import domains, guard, phases, sharded_state
+from distmuon.adamw import choose_adamw
+from distmuon.bucket import BoundParam
+from distmuon.clock import PhaseClock
+from distmuon.comm import Group, Traffic, own_process_group
+from distmuon.config import NewtonSchulz, make_settings
+from distmuon.errors import ConfigError
+from distmuon.groups import Params, bind, check_frozen, check_group, complete_group, to_groups
+from distmuon.plan import Plan, Policy
+from distmuon.reducer import Reducer
+
+log = logging.getLogger(__name__)
+
+
+class DistMuon(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for everything else, with gradients, state and work sharded over the ranks.
+
+    Do not wrap the model in DistributedDataParallel: gradients are averaged here. Parameters must start equal on all
+    ranks. A gradient that is None counts as zero.
+
+    Args:
+        params: ``distmuon.param_groups(model)``, ``model.named_parameters()``, a list of tensors, or param groups with
+            a "kind" of "muon" or "adamw".
+        lr: learning rate of the matrices; with the RMS-matched scale it can be taken over from a tuned AdamW.
+        weight_decay: decoupled weight decay.
+        momentum: Muon's momentum in [0, 1).
+        nesterov: whether Muon looks ahead by one momentum step.
+        adamw_lr: learning rate of the AdamW parameters; None takes lr.
+        adamw_betas: AdamW's decay rates.
+        adamw_eps: AdamW's denominator floor.
+        adamw_weight_decay: weight decay of the AdamW parameters; None takes weight_decay.
+        process_group: data-parallel group; None makes an own group of all ranks.
+        policy: "balanced" keeps matrices whole, "flat" cuts equal contiguous shards as ZeRO-1 does.
+        reduce_dtype: precision in which gradients are summed over the ranks.
+        bucket_mb: size of one reduce-scatter in MB.
+        max_grad_norm: clip the global norm of the raw gradients to this; None does not clip.
+        ns: Newton-Schulz settings; None means ``NewtonSchulz()``.
+        adamw_backend: "auto", "torch" or "apex" (NVIDIA's FusedAdam).
+        grad_accum_dtype: torch.float32 accumulates micro-batches in float32 and releases p.grad; None uses p.grad.
+        expert_groups: expert-data-parallel groups by the name that param groups give as "expert_group".
+
+    Raises:
+        ConfigError: a setting is out of range.
+        ParameterError: a parameter cannot be optimized as it is.
+        RankMismatchError: the ranks disagree about parameters or settings; raised on every rank.
+
+    Source: Moonlight (arXiv 2502.16982), algorithm 1; K. Jordan et al., "Muon", 2024.
+    """
+
+    # torch.amp.GradScaler then leaves p.grad alone and hands its scale to step().
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        policy: Policy = "balanced",
+        reduce_dtype: torch.dtype = torch.float32,
+        bucket_mb: float = 25.0,
+        max_grad_norm: float | None = None,
+        ns: NewtonSchulz | None = None,
+        *,
+        adamw_backend: str = "auto",
+        grad_accum_dtype: torch.dtype | None = None,
+        expert_groups: Mapping[str, dist.ProcessGroup] | None = None,
+    ) -> None:
+        self.settings = make_settings(
+            lr=lr.item() if isinstance(lr, Tensor) else lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            adamw_lr=adamw_lr,
+            adamw_betas=adamw_betas,
+            adamw_eps=adamw_eps,
+            adamw_weight_decay=adamw_weight_decay,
+            policy=policy,
+            reduce_dtype=reduce_dtype,
+            bucket_mb=bucket_mb,
+            max_grad_norm=max_grad_norm,
+            ns=ns or NewtonSchulz(),
+            adamw_backend=adamw_backend,
+            grad_accum_dtype=grad_accum_dtype,
+        )
+        self.traffic = Traffic()
+        self.clock = PhaseClock()
+        self.plans: list[Plan] = []
+        self.skipped_steps = 0
+        self._main = Group(own_process_group(process_group), self.traffic)
+        self._experts = {name: Group(pg, self.traffic) for name, pg in (expert_groups or {}).items()}
+        self._synchronize = True
+        self._verdict: tuple[guard.Verdict, float] | None = None
+        self._clip_to: float | None = None
+        self._bound: list[BoundParam] = []
+        self._frozen: list[BoundParam] = []
+        self._reducer = Reducer(
+            reduce_dtype, self.reduces_in_backward, accumulate_in_buckets=grad_accum_dtype is not None
+        )
+        self._planned = False
+        super().__init__(to_groups(params), {})
+        self._plan(0)
+        self._planned = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; every rank must add the same ones.
+
+        Args:
+            param_group: a group as the constructor takes it.
+        """
+        for group in to_groups([param_group]):
+            complete_group(group, self.settings)
+            if group.get("expert_group", "") not in {"", *self._experts}:
+                raise ConfigError(
+                    f'param group "expert_group" = {group["expert_group"]!r} is not legal: '
+                    f"expert_groups has {sorted(self._experts)}."
+                )
+            super().add_param_group(group)
+            if self._planned:
+                self._plan(len(self.param_groups) - 1)
+
+    def reduces_in_backward(self) -> bool:
+        """Whether a backward pass started now is the one whose gradients are reduced."""
+        return self._synchronize
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients without reducing them; for all micro-batches of a step but the last."""
+        before, self._synchronize = self._synchronize, False
+        try:
+            yield
+        finally:
+            self._synchronize = before
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients and whatever was reduced of them.
+
+        Args:
+            set_to_none: drop p.grad instead of zeroing it.
+        """
+        super().zero_grad(set_to_none)
+        self._forget_gradients()
+
+    def reduce_gradients(self) -> None:
+        """Finish what backward started: wait for reductions and launch those that lacked a gradient."""
+        with self.clock("reduce"):
+            self._reducer.finish()
+
+    def clip_grad_norm_(self, max_norm: float, loss_scale: float = 1.0) -> float:
+        """Clip the raw gradients of the coming step, before momentum; p.grad is left as it is.
+
+        Args:
+            max_norm: largest global norm, above 0; infinity only measures.
+            loss_scale: what the loss was multiplied by; 1 without a GradScaler.
+
+        Returns:
+            The global norm of the mean gradients before clipping, not finite if any gradient is not.
+
+        Raises:
+            ConfigError: max_norm is not above 0.
+            RankMismatchError: the settings of the ranks disagree.
+        """
+        if not max_norm > 0:
+            raise ConfigError(f"max_norm = {max_norm} is not legal: it must be above 0.")
+        self._clip_to = max_norm
+        return self._agree(loss_scale).norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters; every rank must call it.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; runs with gradients enabled.
+
+        Returns:
+            The closure's result, or None. If a gradient is not finite on any rank, all ranks leave parameters and
+            state as they are and count the step in ``skipped_steps``.
+
+        Raises:
+            ParameterError: a parameter was frozen or unfrozen since construction.
+            SynchronizationError: GradScaler.unscale_ was used on gradients that were already reduced.
+            RankMismatchError: the settings of the ranks disagree; raised on every rank.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check_frozen(self._bound, self._frozen)
+        settings = [check_group(group) for group in self.param_groups]
+        loss_scale = guard.loss_scale(self.grad_scale, self.found_inf)
+        verdict = self._agree(loss_scale)
+        if verdict.finite:
+            limit = self.settings.max_grad_norm if self._clip_to is None else self._clip_to
+            self._update(settings, guard.clip_coefficient(verdict.norm, limit) / loss_scale)
+        else:
+            self.skipped_steps += 1
+            log.warning("gradients are not finite: all ranks skip this step (%d so far)", self.skipped_steps)
+        self._forget_gradients()
+        return loss
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this rank: momentum, second moments, master weights."""
+        tensors = [tensor for lane in self._reducer.lanes for tensor in lane.bucket.state().values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """This rank's shard of the state, with the plan it belongs to."""
+        packed = super().state_dict()["param_groups"]
+        return sharded_state.save(self._reducer.lanes, self.plans, self._main.rank, packed)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Restore this rank's shard.
+
+        Args:
+            state_dict: what ``state_dict`` returned on the same rank of an equal plan.
+
+        Raises:
+            StateError: it belongs to other parameters, ranks or settings; nothing is changed then.
+        """
+        loaded = sharded_state.check(state_dict, self._reducer.lanes, self.plans, self._main.rank, self.param_groups)
+        for group, saved in zip(self.param_groups, loaded, strict=True):
+            group.update(saved)
+        sharded_state.load(state_dict, self._reducer.lanes)
+        self._forget_gradients()
+
+    def _plan(self, first: int) -> None:
+        """Place the parameters of the groups from ``first`` on."""
+        trained, frozen = bind(self.param_groups[first:], first)
+        if not trained and not self._bound:
+            raise ConfigError("every parameter is frozen; at least one must require a gradient.")
+        self._frozen += frozen
+        if not trained:
+            return
+        plans, lanes = domains.build(trained, self.param_groups, self._main, self._experts, self.settings)
+        self._bound += trained
+        self.plans += plans
+        self._reducer.add(lanes)
+        self._adamw = choose_adamw(self.settings.adamw_backend, lanes[0].bucket.device)
+
+    def _update(self, settings: phases.Settings, coefficient: float) -> None:
+        """Phases 3 to 7 for every bucket; the all-gather of one runs while the next is computed."""
+        gathers = []
+        for lane in self._reducer.lanes:
+            bucket, grad = lane.bucket, lane.mean
+            assert grad is not None
+            if coefficient != 1.0:
+                grad.mul_(coefficient)
+            with self.clock("momentum"):
+                inputs = phases.momentum(bucket, grad, settings, self.settings.ns)
+            with self.clock("complete"):
+                matrices = phases.complete(bucket, inputs, lane.group)
+            with self.clock("newton_schulz"):
+                directions = phases.orthogonalize_all(matrices, self.settings.ns)
+            with self.clock("apply"):
+                weights = phases.apply(bucket, grad, directions, settings, self._adamw)
+            with self.clock("gather"):
+                gathers.append((bucket, phases.gather(bucket, weights, lane.group)))
+        with self.clock("gather"):
+            for bucket, pending in gathers:
+                bucket.unpack(pending.wait())
+
+    def _agree(self, loss_scale: float) -> guard.Verdict:
+        """Phases 1 and 2, once per step: reduced gradients, their global norm, one decision for all ranks."""
+        if self._verdict is None:
+            self.reduce_gradients()
+            with self.clock("guard"):
+                squares = [lane.mean.double().square().sum() for lane in self._reducer.lanes if lane.mean is not None]
+                total = torch.stack([s.to(squares[0].device) for s in squares]).sum() / loss_scale**2
+                entries = [(f"param group {i}", str(check_group(g))) for i, g in enumerate(self.param_groups)]
+                entries.append(("loss scale", repr(loss_scale)))
+                self._verdict = guard.vote(self._main, total, entries), loss_scale
+        guard.check_loss_scale(self._verdict[1], loss_scale)
+        return self._verdict[0]
+
+    def _forget_gradients(self) -> None:
+        self._reducer.reset()
+        self._verdict = self._clip_to = None

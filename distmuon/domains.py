@@ -1,0 +1,103 @@
+"""From bound parameters to lanes: one plan per process group, dtype and device, and the order of their buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from distmuon.bucket import BoundParam, Bucket
+from distmuon.comm import Group
+from distmuon.config import GroupSettings, ShardSettings
+from distmuon.guard import check_agreement
+from distmuon.plan import ParamSpec, Plan, make_plan
+from distmuon.reducer import Lane
+
+_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+
+def build(
+    params: Sequence[BoundParam],
+    groups: Sequence[Mapping[str, Any]],
+    main: Group,
+    experts: Mapping[str, Group],
+    settings: ShardSettings,
+) -> tuple[list[Plan], list[Lane]]:
+    """Agree with the other ranks on what is to be optimized, then plan it and allocate its state.
+
+    Args:
+        params: parameters in the order of the forward pass.
+        groups: all param groups of the optimizer; "expert_group" names the expert-data-parallel group of one.
+        main: the data-parallel group; every gradient is averaged over its size.
+        experts: expert-data-parallel groups by name.
+        settings: the optimizer's settings.
+
+    Returns:
+        Plans, and lanes in the order in which backward completes their gradients.
+
+    Raises:
+        RankMismatchError: the ranks disagree; raised on every rank.
+    """
+    by_group: dict[str, list[BoundParam]] = {}
+    for param in params:
+        by_group.setdefault(groups[param.group].get("expert_group", ""), []).append(param)
+    for name, members in sorted(by_group.items()):
+        group = experts[name] if name else main
+        check_agreement(group, describe(members, groups, group, settings), members[0].tensor.device)
+    position = {id(param.tensor): number for number, param in enumerate(params)}
+    plans: list[Plan] = []
+    placed: list[tuple[int, Lane]] = []
+    for (name, _, _), members in _by_domain(params, groups, main, experts).items():
+        group = experts[name] if name else main
+        specs = [ParamSpec(p.name, tuple(p.tensor.shape), p.kind) for p in members]
+        numel = max(1, int(settings.bucket_mb * 1e6) // _ITEMSIZE[settings.reduce_dtype])
+        plan = make_plan(specs, group.size, settings.policy, numel)
+        plans.append(plan)
+        for bucket in plan.buckets:
+            lane = Lane(Bucket(bucket, group.rank, members), group, main.size)
+            placed.append((-position[id(members[bucket.params[0]].tensor)], lane))
+    placed.sort(key=lambda item: item[0])
+    return plans, [lane for _, lane in placed]
+
+
+def describe(
+    params: Sequence[BoundParam], groups: Sequence[Mapping[str, Any]], group: Group, settings: ShardSettings
+) -> list[tuple[str, str]]:
+    """Everything that must be equal on all ranks of a group, as (what, value) pairs.
+
+    Args:
+        params: the parameters that the group shares.
+        groups: all param groups of the optimizer.
+        group: the process group.
+        settings: the optimizer's settings.
+
+    Returns:
+        The pairs, most telling first.
+    """
+    entries = [("world size", str(group.size))]
+    for p in params:
+        what = f"{p.kind} {str(p.tensor.dtype).removeprefix('torch.')} {tuple(p.tensor.shape)}"
+        entries.append((f'parameter "{p.name}"', f"{what} in param group {p.group}"))
+    for field, value in settings.model_dump(mode="json").items():
+        entries.append((f'setting "{field}"', repr(value)))
+    for number in sorted({p.group for p in params}):
+        for key in GroupSettings.model_fields:
+            entries.append((f'setting "{key}" of param group {number}', repr(groups[number][key])))
+    return entries
+
+
+def _by_domain(
+    params: Sequence[BoundParam],
+    groups: Sequence[Mapping[str, Any]],
+    main: Group,
+    experts: Mapping[str, Group],
+) -> dict[tuple[str, torch.dtype, torch.device], list[BoundParam]]:
+    """Parameters that can share a flat buffer; an expert group of the same ranks as the main one is the main one."""
+    found: dict[tuple[str, torch.dtype, torch.device], list[BoundParam]] = {}
+    for param in params:
+        name = groups[param.group].get("expert_group", "")
+        if name and experts[name].ranks == main.ranks:
+            name = ""
+        found.setdefault((name, param.tensor.dtype, param.tensor.device), []).append(param)
+    return found

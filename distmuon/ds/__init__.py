@@ -1,0 +1,1 @@
+"""The DeepSpeed plug-in; only this package and distmuon.train import deepspeed."""

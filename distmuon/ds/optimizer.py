@@ -1,0 +1,116 @@
+"""DistMuon as the DeepSpeed engine wants a ZeRO-1 optimizer to be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+from distmuon.dist_muon import DistMuon
+from distmuon.errors import StateError
+
+
+class ZeroDistMuon(DistMuon, ZeROOptimizer):  # type: ignore[misc]
+    """DistMuon driven by a DeepSpeedEngine.
+
+    The engine decides which micro-batch is the last of a step; gradients are reduced while that one's backward runs.
+    ``gradient_clipping`` clips raw gradients, before momentum.
+
+    Args:
+        engine: the engine under construction.
+        groups: DistMuon's param groups.
+        **settings: keyword arguments of DistMuon.
+    """
+
+    def __init__(self, engine: Any, groups: list[dict[str, Any]], **settings: Any) -> None:
+        self._engine = engine
+        ZeROOptimizer.__init__(self)
+        DistMuon.__init__(
+            self,
+            groups,
+            process_group=engine.seq_data_parallel_group,
+            expert_groups=engine.expert_data_parallel_group if engine.has_moe_layers else None,
+            **settings,
+        )
+        # What the engine reads of any ZeRO optimizer.
+        self.dp_process_group = engine.seq_data_parallel_group
+        self.clip_grad = engine.gradient_clipping()
+        self.overflow = False
+        self._global_grad_norm = 0.0
+        self.custom_loss_scaler = False
+        self.external_loss_scale = None
+        self.torch_autocast_gradscaler = None
+        self.dynamic_loss_scale = False
+        self.loss_scale = self.cur_scale = 1.0
+        self.mpu = engine.mpu
+        self.round_robin_bit16_groups = [list(group["params"]) for group in self.param_groups]
+
+    def reduces_in_backward(self) -> bool:
+        """Whether the engine is at a gradient accumulation boundary and reduces."""
+        engine = self._engine
+        boundary = engine.is_gradient_accumulation_boundary()
+        return bool(boundary and engine.enable_backward_allreduce and not engine.inside_no_sync_ctxt)
+
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """Finish the reductions of a step; the engine calls it at the boundary.
+
+        Args:
+            pipeline_parallel: always False, since pipelines are refused.
+        """
+        super().reduce_gradients()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Clip, step, and tell the engine the raw gradient norm and whether the step was skipped.
+
+        Args:
+            closure: not used by the engine.
+
+        Returns:
+            What ``DistMuon.step`` returns.
+        """
+        skipped = self.skipped_steps
+        self._global_grad_norm = self.clip_grad_norm_(self.clip_grad or math.inf)
+        result = super().step(closure)
+        self.overflow = self.skipped_steps > skipped
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's shard, for the engine's checkpoint files."""
+        # The engine's own tools read the stage; their flat layout is not ours, so its keys are left out.
+        return {**super().state_dict(), "zero_stage": 1}
+
+    def load_state_dict(  # type: ignore[override]
+        self,
+        state_dict_list: Sequence[dict[str, Any] | None],
+        load_optimizer_states: bool = True,
+        load_from_fp32_weights: bool = True,
+        **_: Any,
+    ) -> None:
+        """Restore this rank's shard from the engine's list of one state dict a rank.
+
+        Args:
+            state_dict_list: state dicts by rank; only this rank's is read.
+            load_optimizer_states: whether to restore anything; False leaves fresh state, and weights as loaded.
+            load_from_fp32_weights: whether 16-bit parameters continue from the saved master weights.
+
+        Raises:
+            StateError: the checkpoint belongs to another optimizer, plan or rank; nothing is changed then.
+        """
+        if not load_optimizer_states:
+            return
+        own = state_dict_list[self._main.rank] if self._main.rank < len(state_dict_list) else None
+        if own is None:
+            raise StateError(f"the checkpoint has no optimizer state for data-parallel rank {self._main.rank}.")
+        super().load_state_dict(own)
+        if not load_from_fp32_weights:
+            self.refresh_fp32_params()
+
+    def refresh_fp32_params(self) -> None:
+        """Take the master weights of 16-bit parameters from the parameters."""
+        for lane in self._reducer.lanes:
+            if lane.bucket.master is not None:
+                lane.bucket.master.copy_(lane.bucket.pack_shard())
+
+    _restore_from_bit16_weights = refresh_fp32_params

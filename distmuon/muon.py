@@ -1,0 +1,151 @@
+"""Muon on one device: the plain twin of DistMuon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmuon.config import GroupSettings, MuonSettings, NewtonSchulz, parse
+from distmuon.groups import Params, bind, check_group, complete_group, to_groups
+from distmuon.newton_schulz import DTYPES, orthogonalize
+from distmuon.scaling import rms_matched_scale
+from distmuon.update import adamw_, apply_, momentum_
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for everything else, parameter by parameter, without communication.
+
+    The same mathematics as ``DistMuon``, argument by argument; a gradient that is None counts as zero, and a step with
+    a non-finite gradient is skipped.
+
+    Args:
+        params: as for ``DistMuon``.
+        lr: learning rate of the matrices.
+        weight_decay: decoupled weight decay.
+        momentum: Muon's momentum in [0, 1).
+        nesterov: whether Muon looks ahead by one momentum step.
+        adamw_lr: learning rate of the AdamW parameters; None takes lr.
+        adamw_betas: AdamW's decay rates.
+        adamw_eps: AdamW's denominator floor.
+        adamw_weight_decay: weight decay of the AdamW parameters; None takes weight_decay.
+        max_grad_norm: clip the global norm of the gradients to this; None does not clip.
+        ns: Newton-Schulz settings; None means ``NewtonSchulz()``.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        ParameterError: a parameter cannot be optimized as it is.
+
+    Source: K. Jordan et al., "Muon", 2024; Moonlight (arXiv 2502.16982), equation 4.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float | None = None,
+        max_grad_norm: float | None = None,
+        ns: NewtonSchulz | None = None,
+    ) -> None:
+        table = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "adamw_lr": adamw_lr,
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
+            "adamw_weight_decay": adamw_weight_decay,
+            "max_grad_norm": max_grad_norm,
+            "ns": ns or NewtonSchulz(),
+        }
+        self.settings = parse(MuonSettings, table, "Muon")
+        self.skipped_steps = 0
+        super().__init__(to_groups(params), {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters.
+
+        Args:
+            param_group: a group as the constructor takes it.
+        """
+        for group in to_groups([param_group]):
+            complete_group(group, self.settings)
+            super().add_param_group(group)
+            bind(self.param_groups[-1:], len(self.param_groups) - 1)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; runs with gradients enabled.
+
+        Returns:
+            The closure's result, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        settings = [check_group(group) for group in self.param_groups]
+        grads = [
+            [p.new_zeros(p.shape, dtype=torch.float32) if p.grad is None else p.grad.float() for p in group["params"]]
+            for group in self.param_groups
+        ]
+        squares = sum(float(grad.double().square().sum()) for group in grads for grad in group)
+        norm = torch.tensor(squares**0.5, dtype=torch.float32).item()
+        if not torch.tensor(squares).isfinite():
+            self.skipped_steps += 1
+            return loss
+        limit = self.settings.max_grad_norm
+        coefficient = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+        for group, of_group, hyper in zip(self.param_groups, grads, settings, strict=True):
+            for parameter, grad in zip(group["params"], of_group, strict=True):
+                if parameter.requires_grad:
+                    self._update(parameter, grad if coefficient == 1.0 else grad * coefficient, hyper)
+        return loss
+
+    def _update(self, parameter: Tensor, grad: Tensor, hyper: GroupSettings) -> None:
+        state = self._state(parameter, hyper.kind)
+        state["updates"] += 1
+        weight = state.get("master", parameter)
+        written = weight.to(parameter.dtype) != parameter
+        weight.copy_(torch.where(written, parameter.float(), weight))
+        if hyper.kind == "muon":
+            ns = self.settings.ns
+            inputs = momentum_(state["first_moment"], grad, hyper.momentum, hyper.nesterov)
+            direction = orthogonalize(inputs.to(DTYPES[ns.dtype]), ns)
+            apply_(weight, direction, hyper.lr, rms_matched_scale(*parameter.shape[-2:]), hyper.weight_decay)
+        else:
+            adamw_(
+                weight,
+                grad,
+                state["first_moment"],
+                state["second_moment"],
+                step=state["updates"],
+                lr=hyper.lr,
+                betas=hyper.betas,
+                eps=hyper.eps,
+                weight_decay=hyper.weight_decay,
+            )
+        parameter.copy_(weight)
+
+    def _state(self, parameter: Tensor, kind: str) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state["updates"] = 0
+            state["first_moment"] = torch.zeros_like(parameter, dtype=torch.float32)
+            if kind == "adamw":
+                state["second_moment"] = torch.zeros_like(parameter, dtype=torch.float32)
+            if parameter.dtype != torch.float32:
+                state["master"] = parameter.detach().float()
+        return state

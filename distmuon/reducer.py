@@ -1,0 +1,124 @@
+"""Gradients to reduced shards: reduce-scatters launched from gradient hooks while backward runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from distmuon.bucket import BoundParam, Bucket
+from distmuon.comm import Group, Pending
+from distmuon.errors import ParameterError, SynchronizationError
+
+
+@dataclass
+class Lane:
+    """A bucket, the group that reduces it, and how far its reduction is."""
+
+    bucket: Bucket
+    group: Group
+    divisor: int
+    ready: set[int] = field(default_factory=set)
+    accumulated: Tensor | None = None
+    pending: Pending | None = None
+    mean: Tensor | None = None
+
+    @property
+    def launched(self) -> bool:
+        """Whether the reduce-scatter was issued since the last reset."""
+        return self.pending is not None or self.mean is not None
+
+
+class Reducer:
+    """Launches each lane's reduce-scatter as soon as its gradients are there, in one order on all ranks.
+
+    A bucket whose gradients do not all arrive (an unused expert) is launched by ``finish``, so ranks with different
+    unused parameters still issue the same sequence.
+    """
+
+    def __init__(
+        self,
+        reduce_dtype: torch.dtype,
+        launch_in_backward: Callable[[], bool],
+        accumulate_in_buckets: bool = False,
+    ) -> None:
+        self.lanes: list[Lane] = []
+        self._reduce_dtype = reduce_dtype
+        self._launch_in_backward = launch_in_backward
+        self._accumulate = accumulate_in_buckets
+        self._next = 0
+
+    def add(self, lanes: Sequence[Lane]) -> None:
+        """Take over lanes and hook their parameters; lanes are launched in the order given.
+
+        Args:
+            lanes: lanes, those whose gradients come first in backward first.
+        """
+        self.lanes.extend(lanes)
+        watched: dict[int, tuple[BoundParam, list[tuple[Lane, int]]]] = {}
+        for lane in lanes:
+            for index in lane.bucket.plan.params:
+                param = lane.bucket.params[index]
+                watched.setdefault(id(param.tensor), (param, []))[1].append((lane, index))
+        for param, places in watched.values():
+            param.tensor.register_post_accumulate_grad_hook(self._hook(param, places))
+
+    def finish(self) -> None:
+        """Launch what backward could not, wait for everything, and leave the mean gradient in each lane."""
+        self._launch(all_lanes=True)
+        for lane in self.lanes:
+            if lane.pending is not None:
+                total = lane.pending.wait().float()
+                lane.mean, lane.pending = total.div_(lane.divisor) if lane.divisor > 1 else total, None
+
+    def reset(self) -> None:
+        """Forget every gradient that was reduced or accumulated, waiting for reductions under way."""
+        for lane in self.lanes:
+            if lane.pending is not None:
+                lane.pending.wait()
+            lane.pending = lane.mean = lane.accumulated = None
+            lane.ready.clear()
+        self._next = 0
+
+    def _hook(self, param: BoundParam, places: list[tuple[Lane, int]]) -> Callable[[Tensor], None]:
+        def on_gradient(tensor: Tensor) -> None:
+            if any(lane.launched for lane, _ in places):
+                raise SynchronizationError(
+                    f'a gradient of "{param.name}" arrived after it was reduced; run every backward but the last '
+                    "before step() inside `with optimizer.no_sync():`."
+                )
+            if tensor.grad is not None and tensor.grad.layout != torch.strided:
+                raise ParameterError(
+                    f'the gradient of "{param.name}" is sparse; use dense gradients (sparse=False for embeddings).'
+                )
+            if self._accumulate:
+                self._add_to_buckets(tensor, places)
+            if self._launch_in_backward():
+                for lane, index in places:
+                    lane.ready.add(index)
+                self._launch(all_lanes=False)
+
+        return on_gradient
+
+    def _add_to_buckets(self, tensor: Tensor, places: list[tuple[Lane, int]]) -> None:
+        """Move a 16-bit gradient into the wider accumulation buffers and release it."""
+        for lane, index in places:
+            if lane.accumulated is None:
+                numel = lane.bucket.world * lane.bucket.plan.shard_numel
+                lane.accumulated = tensor.new_zeros(numel, dtype=torch.float32)
+            lane.bucket.accumulate_grad(index, lane.accumulated)
+        tensor.grad = None
+
+    def _launch(self, all_lanes: bool) -> None:
+        while self._next < len(self.lanes):
+            lane = self.lanes[self._next]
+            if not all_lanes and len(lane.ready) < len(lane.bucket.plan.params):
+                return
+            full = lane.accumulated
+            if full is None:
+                full = lane.bucket.pack_grads(self._reduce_dtype)
+            lane.pending = lane.group.reduce_scatter(full.to(self._reduce_dtype))
+            lane.accumulated = None
+            self._next += 1

@@ -1,0 +1,153 @@
+"""Which parameter is updated by which rule, decided by module type."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from torch import nn
+
+from distmuon.errors import ConfigError
+from distmuon.plan import Kind
+
+# Gate modules of MoE libraries, by class name so that none has to be imported.
+_ROUTER_CLASSES = {"TopKGate"}
+
+
+@dataclass(frozen=True)
+class Route:
+    """The decision for one parameter and why it was made."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Literal["muon", "adamw", "frozen"]
+    reason: str
+
+
+class Routes(list[Route]):
+    """A routing table; ``print`` shows it."""
+
+    def __str__(self) -> str:
+        width = max((len(route.name) for route in self), default=0)
+        lines = [
+            f"{route.name:<{width}}  {'x'.join(map(str, route.shape)) or 'scalar':>16}  {route.kind:<6}  {route.reason}"
+            for route in self
+        ]
+        return "\n".join(lines)
+
+
+def param_groups(
+    model: nn.Module,
+    router: Kind = "muon",
+    overrides: Mapping[str, Kind] | None = None,
+    head: nn.Module | None = None,
+) -> list[dict[str, Any]]:
+    """Sort a model's parameters into a Muon group and an AdamW group.
+
+    Hidden matrices, [A, B] or [E, A, B], go to Muon. Embeddings, the LM head, tied weights, convolutions and everything
+    with fewer than two dimensions go to AdamW. The LM head is ``head``, or what ``model.get_output_embeddings()``
+    returns, or the last linear layer if it has as many outputs as an embedding has entries.
+
+    Args:
+        model: the model; not changed.
+        router: rule for the gates of mixture-of-experts layers; the papers use Muon.
+        overrides: shell-style patterns of parameter names, each with the kind that its matches get.
+        head: the LM head, where it cannot be found as above.
+
+    Returns:
+        Groups for DistMuon or Muon: "params" as (name, parameter) pairs, "kind", and "positions" in the model.
+
+    Raises:
+        ConfigError: an option is not legal, or no matrix is left for Muon and none was overridden.
+    """
+    table = routes(model, router, overrides, head)
+    parameters = dict(model.named_parameters())
+    groups = []
+    kinds: tuple[Kind, ...] = ("muon", "adamw")
+    for kind in kinds:
+        chosen = [(position, route) for position, route in enumerate(table) if route.kind == kind]
+        if chosen:
+            members = [(route.name, parameters[route.name]) for _, route in chosen]
+            groups.append({"params": members, "kind": kind, "positions": [position for position, _ in chosen]})
+    if not overrides and not any(group["kind"] == "muon" for group in groups):
+        raise ConfigError(
+            "the model has no hidden matrix for Muon; build the optimizer before anything flattens its parameters, "
+            'or set overrides={"pattern": "muon"}.'
+        )
+    return groups
+
+
+def routes(
+    model: nn.Module,
+    router: Kind = "muon",
+    overrides: Mapping[str, Kind] | None = None,
+    head: nn.Module | None = None,
+) -> Routes:
+    """Decide the rule of every parameter; arguments as for ``param_groups``.
+
+    Returns:
+        One route a parameter, in the model's order.
+
+    Raises:
+        ConfigError: an option is not legal or a pattern matches nothing.
+    """
+    kinds = {"router": router, **{f'overrides["{k}"]': v for k, v in (overrides or {}).items()}}
+    for option, kind in kinds.items():
+        if kind not in ("muon", "adamw"):
+            raise ConfigError(f'{option} = {kind!r} is not legal: use "muon" or "adamw".')
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in overrides or {}:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(f'overrides["{pattern}"] matches no parameter; names look like "{names[0]}".')
+    heads = _heads(model, head)
+    owners: dict[int, list[nn.Module]] = {}
+    routers: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+        if type(module).__name__ in _ROUTER_CLASSES:
+            routers.update(id(parameter) for parameter in module.parameters())
+    table = Routes()
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if not parameter.requires_grad:
+            table.append(Route(name, shape, "frozen", "does not require a gradient"))
+            continue
+        override = [kind for pattern, kind in (overrides or {}).items() if fnmatch.fnmatch(name, pattern)]
+        if override:
+            table.append(Route(name, shape, override[-1], "override"))
+        elif id(parameter) in routers and parameter.ndim == 2:
+            table.append(Route(name, shape, router, "router"))
+        else:
+            table.append(Route(name, shape, *_by_owner(parameter, owners[id(parameter)], heads)))
+    return table
+
+
+def _by_owner(parameter: nn.Parameter, owners: list[nn.Module], heads: set[int]) -> tuple[Kind, str]:
+    if any(isinstance(owner, nn.Embedding | nn.EmbeddingBag) for owner in owners):
+        return "adamw", "embedding" if len(owners) == 1 else "tied embedding"
+    if len(owners) > 1:
+        return "adamw", "tied weight"
+    if id(parameter) in heads:
+        return "adamw", "LM head"
+    if isinstance(owners[0], nn.modules.conv._ConvNd):
+        return "adamw", "convolution"
+    if parameter.ndim == 2:
+        return "muon", "hidden matrix"
+    if parameter.ndim == 3:
+        return "muon", f"{parameter.shape[0]} hidden matrices"
+    return "adamw", f"{parameter.ndim}-D"
+
+
+def _heads(model: nn.Module, head: nn.Module | None) -> set[int]:
+    """Ids of the weights of the LM head."""
+    getter = getattr(model, "get_output_embeddings", None)
+    found = head or (getter() if callable(getter) else None)
+    if found is not None:
+        return {id(parameter) for parameter in cast(nn.Module, found).parameters()}
+    tables = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    # Only the last linear layer: a hidden one may well be as wide as a table of positions is long.
+    return {id(linear.weight) for linear in linears[-1:] if linear.out_features in tables}

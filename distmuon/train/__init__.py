@@ -1,0 +1,1 @@
+"""The training system: model, data, loop and report."""

@@ -1,0 +1,252 @@
+"""The training loop: updates, evaluations, checkpoints, metrics, report."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from distmuon.dist_muon import DistMuon
+from distmuon.errors import DistMuonError
+from distmuon.train import engine as engines
+from distmuon.train.config import RunConfig
+from distmuon.train.data import SequenceOrder, TokenData, gather
+from distmuon.train.evaluate import Score, bits_per_byte, evaluate
+from distmuon.train.metrics import (
+    Collective,
+    EvalRecord,
+    FinalRecord,
+    MetricsWriter,
+    OptimizerInfo,
+    RunRecord,
+    StepRecord,
+)
+from distmuon.train.progress import Progress
+from distmuon.train.provenance import environment, routing_summary
+
+log = logging.getLogger(__name__)
+
+# A run that cannot use its gradients this many times in a row is stopped.
+_MAX_SKIPPED_IN_A_ROW = 10
+
+
+class Totals(NamedTuple):
+    """Means over the ranks and micro-batches of one update."""
+
+    loss: float
+    aux_loss: float
+    load_max_over_mean: float
+
+
+class Trainer:
+    """A run under way; every rank has one.
+
+    Args:
+        run: the configuration.
+        data: the tokens.
+        engine: the DeepSpeed engine.
+        metrics: where rank 0 records; None elsewhere.
+    """
+
+    def __init__(self, run: RunConfig, data: TokenData, engine: Any, metrics: MetricsWriter | None) -> None:
+        self.run, self.data, self.engine, self.metrics = run, data, engine, metrics
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.accumulation = run.accumulation(self.world)
+        self.order = SequenceOrder(data.train.size, run.model.context, run.seed)
+        self.tokens_per_update = run.batch.sequences * run.model.context
+        self.done = 0
+        self.skipped_in_a_row = 0
+        self.started = time.perf_counter()
+
+    @property
+    def dist_muon(self) -> DistMuon | None:
+        """The optimizer, if it is ours."""
+        return self.engine.optimizer if isinstance(self.engine.optimizer, DistMuon) else None
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        if (self.checkpoints / "latest").exists():
+            _, state = self.engine.load_checkpoint(str(self.checkpoints))
+            self.done = int(state["updates"])
+
+    def fit(self) -> None:
+        """Run all remaining updates and leave a final checkpoint and record."""
+        run = self.run
+        self._record_start()
+        with Progress(run.schedule.updates, initial=self.done, enabled=self.rank == 0) as progress:
+            while self.done < run.schedule.updates:
+                record = self._update()
+                progress.update(self.done, record.loss, record.tokens_per_s)
+                if self.done % run.evaluation.every == 0 and self.done < run.schedule.updates:
+                    score = self._evaluate(run.evaluation.sequences)
+                    progress.note(f"update {self.done}: validation loss {score.loss:.4f}")
+                if self.done % run.checkpoint.every == 0 and self.done < run.schedule.updates:
+                    self._save()
+            self._save()
+            score = self._evaluate(run.evaluation.final_sequences)
+            self._record_final(score)
+            progress.note(f"final validation loss {score.loss:.4f} over {run.evaluation.final_sequences} sequences")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoints."""
+        return self.run.directory / "checkpoints"
+
+    def _update(self) -> StepRecord:
+        """One optimizer update."""
+        start = time.perf_counter()
+        lr = self.engine.get_lr()[0]
+        totals = self._forward_backward()
+        self.done += 1
+        seconds = time.perf_counter() - start
+        skipped = bool(getattr(self.engine.optimizer, "overflow", False))
+        split = self.dist_muon.clock.clear() if self.dist_muon else {}
+        record = StepRecord(
+            step=self.done,
+            loss=totals.loss,
+            aux_loss=totals.aux_loss,
+            grad_norm=float(self.engine.get_global_grad_norm()),
+            lr=lr,
+            tokens=self.done * self.tokens_per_update,
+            tokens_per_s=self.tokens_per_update / seconds,
+            seconds=seconds,
+            split={"forward_backward": seconds - sum(split.values()), **split},
+            skipped=skipped,
+            expert_load_max_over_mean=totals.load_max_over_mean,
+        )
+        if self.metrics:
+            self.metrics.write(record)
+        self._stop_if_stuck(skipped)
+        return record
+
+    def _forward_backward(self) -> Totals:
+        """All micro-batches of an update, the last of which steps the optimizer."""
+        ids = self.order.ids(self.done * self.run.batch.sequences, self.run.batch.sequences)
+        mine = ids.reshape(self.world, self.accumulation, -1)[self.rank]
+        losses = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
+        counts_LE = torch.zeros(
+            self.run.model.layers, self.run.model.experts, dtype=torch.float64, device=self.engine.device
+        )
+        for micro in mine:
+            x_BT, y_BT = gather(self.data.train, micro, self.run.model.context)
+            output = self.engine(x_BT.to(self.engine.device), y_BT.to(self.engine.device))
+            self.engine.backward(output.objective)
+            self.engine.step()
+            losses += torch.stack([output.loss, output.aux_loss]) / (self.accumulation * self.world)
+            counts_LE += output.expert_counts_LE
+        sums = torch.cat([losses, counts_LE.flatten()])
+        dist.all_reduce(sums)
+        counts_LE = sums[2:].view_as(counts_LE)
+        load = (counts_LE.amax(1) / counts_LE.mean(1)).max()
+        return Totals(float(sums[0]), float(sums[1]), float(load))
+
+    def _stop_if_stuck(self, skipped: bool) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+            raise DistMuonError(
+                f"gradients were not finite {self.skipped_in_a_row} updates in a row, up to update {self.done}; "
+                "lower optimizer.lr, or set precision.autocast to \"off\" to find out where they overflow."
+            )
+
+    def _evaluate(self, sequences: int) -> Score:
+        context, micro = self.run.model.context, self.run.batch.micro_sequences
+        score = evaluate(self.engine.module, self.data, context, sequences, micro)
+        if self.metrics:
+            bits = bits_per_byte(score.loss, self.data)
+            self.metrics.write(
+                EvalRecord(
+                    step=self.done,
+                    loss=score.loss,
+                    accuracy=score.accuracy,
+                    bits_per_byte=bits,
+                    sequences=sequences,
+                )
+            )
+        return score
+
+    def _save(self) -> None:
+        """Write a checkpoint on all ranks, then drop the oldest beyond those to keep."""
+        self.engine.save_checkpoint(
+            str(self.checkpoints), tag=f"update{self.done:07d}", client_state={"updates": self.done}
+        )
+        dist.barrier()
+        if self.rank == 0:
+            for old in sorted(self.checkpoints.glob("update*"))[: -self.run.checkpoint.keep]:
+                shutil.rmtree(old)
+
+    def _state_bytes(self) -> list[int]:
+        """Optimizer state of every rank."""
+        own = self.dist_muon.state_bytes() if self.dist_muon else _stock_state_bytes(self.engine.optimizer)
+        values = torch.zeros(self.world, dtype=torch.int64, device=self.engine.device)
+        values[self.rank] = own
+        dist.all_reduce(values)
+        return [int(value) for value in values]
+
+    def _record_start(self) -> None:
+        state_bytes = self._state_bytes()
+        if not self.metrics:
+            return
+        routing = routing_summary(
+            engines.route_model(self.run.optimizer, self.engine.module), self.engine.module
+        )
+        if self.run.optimizer.name != "distmuon":
+            routing = [row.model_copy(update={"kind": "adamw"}) for row in routing]
+        self.metrics.write(
+            RunRecord(
+                name=self.run.name,
+                started=datetime.now(UTC).isoformat(timespec="seconds"),
+                config=self.run.model_dump(mode="json"),
+                environment=environment(self.run),
+                data=dict(self.data.meta),
+                optimizer=OptimizerInfo(name=self.run.optimizer.name, routing=routing),
+                state_bytes_per_rank=state_bytes,
+            )
+        )
+
+    def _record_final(self, score: Score) -> None:
+        state_bytes = self._state_bytes()
+        if not self.metrics:
+            return
+        self.metrics.write(
+            FinalRecord(
+                step=self.done,
+                val_loss=score.loss,
+                val_accuracy=score.accuracy,
+                bits_per_byte=bits_per_byte(score.loss, self.data),
+                tokens=self.done * self.tokens_per_update,
+                wall_seconds=time.perf_counter() - self.started,
+                comm=self._collectives(),
+                state_bytes_per_rank=state_bytes,
+            )
+        )
+
+    def _collectives(self) -> list[Collective]:
+        """Traffic of the optimizer per update."""
+        if self.dist_muon is None:
+            return []
+        steps = max(1, self.engine.global_steps)
+        return [
+            Collective(
+                collective=key.collective,
+                group_size=key.group_size,
+                dtype=key.dtype,
+                calls_per_step=cost.calls / steps,
+                payload_bytes_per_step=cost.payload / steps,
+                wire_bytes_per_step=cost.wire / steps,
+            )
+            for key, cost in sorted(self.dist_muon.traffic.costs.items())
+        ]
+
+
+def _stock_state_bytes(optimizer: Any) -> int:
+    """Bytes of state tensors of a stock DeepSpeed ZeRO-1 optimizer, master weights included."""
+    states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+    masters = getattr(optimizer, "single_partition_of_fp32_groups", [])
+    tensors = [value for value in [*states, *masters] if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,85 @@
+"""One run from its configuration to its report."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distmuon.errors import ConfigError
+from distmuon.train import engine as engines
+from distmuon.train.config import RunConfig
+from distmuon.train.data import TokenData, prepare, validation_ids
+from distmuon.train.loop import Trainer
+from distmuon.train.metrics import FILE_NAME, ErrorRecord, MetricsWriter
+from distmuon.train.model import MoETransformer
+from distmuon.train.report import write_report
+
+log = logging.getLogger(__name__)
+
+
+def train(run: RunConfig, local_rank: int = 0) -> Path:
+    """Train as configured; every rank calls it.
+
+    Everything that can be wrong is checked before ranks wait for each other and before anything is written.
+
+    Args:
+        run: the configuration.
+        local_rank: this process's number on its machine; only number 0 shows progress of the preparation.
+
+    Returns:
+        The run's directory with ``metrics.jsonl``, ``loss.png``, ``report.html`` and ``checkpoints``.
+
+    Raises:
+        DistMuonError: a setting or source is not usable, or training cannot go on.
+    """
+    resuming = _check_directory(run)
+    torch.set_float32_matmul_precision(run.precision.matmul)
+    data = prepare(run.data, progress=local_rank == 0)
+    _check_data(run, data)
+    engines.quiet_deepspeed()
+    engines.join_ranks()
+    run.accumulation(dist.get_world_size())
+    metrics = MetricsWriter(run.directory, append=resuming) if dist.get_rank() == 0 else None
+    trainer: Trainer | None = None
+    try:
+        autocast = torch.bfloat16 if run.precision.autocast == "bfloat16" else None
+        model = MoETransformer(run.model, data.vocab_size, run.seed, autocast)
+        engine = engines.build_engine(run, model)
+        trainer = Trainer(run, data, engine, metrics)
+        if resuming:
+            trainer.resume()
+        trainer.fit()
+        if dist.get_rank() == 0:
+            write_report(run.directory)
+        dist.barrier()
+    except Exception as error:
+        # The rank that failed may not be the one that records, so it appends a line of its own.
+        with MetricsWriter(run.directory, append=True) as writer:
+            message = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+            writer.write(ErrorRecord(step=trainer.done if trainer else 0, message=message))
+        raise
+    finally:
+        if metrics:
+            metrics.close()
+    return run.directory
+
+
+def _check_directory(run: RunConfig) -> bool:
+    """Whether the run's directory holds a run to be continued; refuse one that must not be."""
+    started = run.directory / FILE_NAME
+    if not started.exists() or not started.stat().st_size:
+        return False
+    if run.checkpoint.resume == "auto":
+        return True
+    raise ConfigError(
+        f"{run.directory} already holds a run; continue it with --checkpoint.resume auto, choose another --name, "
+        "or remove the directory."
+    )
+
+
+def _check_data(run: RunConfig, data: TokenData) -> None:
+    for count in (run.evaluation.sequences, run.evaluation.final_sequences):
+        validation_ids(data.val.size, run.model.context, count)

@@ -1,0 +1,188 @@
+"""Bit-level promises: world size, policy, micro-batches, repetition and resuming change nothing."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import distmuon
+from tests.dist.scenario import (
+    LARGE_MB,
+    SMALL_MB,
+    Case,
+    Gradients,
+    advance,
+    digest,
+    gradients,
+    groups,
+    leaves,
+    optimizer,
+    parameters,
+    train,
+)
+from tests.dist.scenario import train_in_process as train_plain
+from tests.ranks import RankPool, run_threads
+
+WORLDS = [1, 2, 3, 4]
+CASES = [
+    Case(exact=True, ns=ns, clip=clip, dtype=dtype)
+    for ns, clip, dtype in [
+        ("float32", None, "float32"),
+        ("float32", 1.0, "float32"),
+        ("bfloat16", None, "float32"),
+        ("bfloat16", 1.0, "bfloat16"),
+    ]
+]
+
+
+def name(case: Case) -> str:
+    return f"ns-{case.ns},clip-{case.clip},{case.dtype}"
+
+
+@cache
+def alone(case: Case) -> tuple[str, ...]:
+    """Digest of the parameters after every step on one rank."""
+    return tuple(run_threads(1, train, case)[0].digests)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("bucket_mb", [SMALL_MB, LARGE_MB])
+@pytest.mark.parametrize("policy", ["balanced", "flat"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_world_and_policy_change_no_bit(world: int, policy: str, bucket_mb: float, case: Case) -> None:
+    """The same mean gradient gives the same bits on every rank after every step."""
+    runs = run_threads(world, train, replace(case, policy=policy, bucket_mb=bucket_mb))
+    assert len(set(alone(case))) == case.steps
+    for run in runs:
+        assert tuple(run.digests) == alone(case)
+
+
+@pytest.mark.parametrize("policy", ["balanced", "flat"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_give_the_same_bits(pool: RankPool, world: int, policy: str) -> None:
+    case = CASES[3]
+    for answer in pool.run(world, train_plain, asdict(replace(case, policy=policy))):
+        assert tuple(answer["digests"]) == alone(case)
+
+
+@pytest.mark.parametrize("policy", ["balanced", "flat"])
+def test_two_runs_are_equal(policy: str) -> None:
+    case = Case(policy=policy, ns="bfloat16", clip=1.0, accumulation=2)
+    first, second = (run_threads(3, train, case) for _ in range(2))
+    assert [run.digests for run in first] == [run.digests for run in second]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("world", [1, 3])
+def test_micro_batches_change_no_bit(world: int, clip: float | None) -> None:
+    """Four exact quarters behind no_sync are one whole gradient."""
+    whole = Case(exact=True, clip=clip)
+
+    def quarters(case: Case, step: int, micro: int, rank: int, ranks: int) -> Gradients:
+        full = gradients(whole, step, 0, rank, ranks)
+        return {key: g if g is None else g / 4 for key, g in full.items()}
+
+    runs = run_threads(world, train, replace(whole, accumulation=4), None, quarters)
+    assert all(tuple(run.digests) == alone(whole) for run in runs)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_plain_twin_gives_the_same_bits(world: int) -> None:
+    case = Case(exact=True, ns="bfloat16", clip=1.0)
+    params = parameters()
+    opt = distmuon.Muon(
+        groups(params),
+        lr=case.lr,
+        adamw_lr=case.adamw_lr,
+        weight_decay=case.weight_decay,
+        max_grad_norm=case.clip,
+        ns=distmuon.NewtonSchulz.model_validate({"dtype": case.ns}),
+    )
+    for step in range(case.steps):
+        for key, gradient in gradients(case, step, 0, 0, 1).items():
+            params[key].grad = gradient
+        opt.step()
+    assert digest(params) == run_threads(world, train, case)[0].digests[-1]
+
+
+def resume(rank: int, world: int, case: Case, cut: int) -> tuple[str, str]:
+    """Digests of parameters and state: trained straight on, and through a state dict after ``cut`` steps."""
+    params = parameters(case.torch_dtype)
+    opt = optimizer(params, case)
+    for step in range(2 * cut):
+        if step == cut:
+            saved = copy.deepcopy((dict(params), opt.state_dict()))
+        advance(params, opt, [gradients(case, step, 0, rank, world)])
+        opt.step()
+        opt.zero_grad()
+    fresh = saved[0]
+    for p in fresh.values():
+        p.grad = None
+    other = optimizer(fresh, case)
+    other.load_state_dict(saved[1])
+    for step in range(cut, 2 * cut):
+        advance(fresh, other, [gradients(case, step, 0, rank, world)])
+        other.step()
+        other.zero_grad()
+    return digest((params, opt.state_dict())), digest((fresh, other.state_dict()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("world", "policy"), [(1, "balanced"), (3, "balanced"), (3, "flat")])
+def test_resume_changes_no_bit(world: int, policy: str, dtype: str) -> None:
+    for straight, resumed in run_threads(world, resume, Case(policy=policy, dtype=dtype, clip=1.0), 2):
+        assert straight == resumed
+
+
+def load_other(rank: int, world: int, change: dict[str, Any], foreign: bool) -> str:
+    params = parameters()
+    saved = optimizer(params, replace(Case(), **change)).state_dict()
+    if foreign:
+        saved = _exchange(saved, rank, world)
+    case = Case()
+    opt = optimizer(params, case)
+    before = digest(opt.state_dict())
+    with pytest.raises(distmuon.errors.StateError) as caught:
+        opt.load_state_dict(saved)
+    assert digest(opt.state_dict()) == before
+    return str(caught.value)
+
+
+def _exchange(saved: Any, rank: int, world: int) -> Any:
+    """The state dict of the next rank."""
+    everything: list[Any] = [None] * world
+    torch.distributed.all_gather_object(everything, saved)
+    return everything[(rank + 1) % world]
+
+
+@pytest.mark.parametrize(
+    ("change", "foreign"),
+    [({"policy": "flat"}, False), ({"bucket_mb": LARGE_MB}, False), ({}, True)],
+    ids=["policy", "bucket_mb", "rank"],
+)
+def test_foreign_state_is_refused(change: dict[str, Any], foreign: bool) -> None:
+    """A state dict of another plan is refused before anything is written."""
+    assert all(run_threads(2, load_other, change, foreign))
+
+
+def test_state_of_another_world_is_refused() -> None:
+    saved = run_threads(2, lambda rank, world: optimizer(parameters(), Case()).state_dict())[0]
+
+    def body(rank: int, world: int) -> str:
+        with pytest.raises(distmuon.errors.StateError) as caught:
+            optimizer(parameters(), Case()).load_state_dict(saved)
+        return str(caught.value)
+
+    assert all(run_threads(3, body))
+
+
+def test_state_dict_holds_plain_values() -> None:
+    """Tensors and plain values only, so that it can be saved without pickling code."""
+    (state,) = run_threads(1, lambda rank, world: optimizer(parameters(), Case()).state_dict())
+    kinds = {type(leaf) for _, leaf in leaves(state)}
+    assert kinds <= {torch.Tensor, int, float, str, bool, type(None)}
