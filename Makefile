@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test check clean
+.PHONY: help train test bench check clean
 
 PYTHON := $(or $(shell command -v python3.11),$(shell command -v python3),python3)
 TORCH := torch==2.13.0
@@ -27,6 +27,9 @@ train: $(STAMP) ## train a small MoE language model with DistMuon, then with Ada
 
 test: $(STAMP) ## run every test that needs no GPU; ARGS="-k plan" passes options to pytest
 	@$(ENTER) python -m pytest $(ARGS)
+
+bench: $(STAMP) ## count bytes per step of DistMuon, AdamW and DeepSpeed's Muon at 2 and 4 ranks
+	@$(ENTER) python -m benchmarks.comm $(ARGS)
 
 check: $(STAMP) ## ruff, mypy --strict, import-linter and the size rules
 	@$(ENTER) failed=(); \

@@ -59,9 +59,7 @@ class ApexAdamW:
         self._weight.data = weight
         self._weight.grad = grad
         # FusedAdam counts steps per group and adds one before it computes the bias corrections.
-        self._optimizer.param_groups[0].update(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step - 1
-        )
+        self._optimizer.param_groups[0].update(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step - 1)
         self._optimizer.state[self._weight] = {"exp_avg": first, "exp_avg_sq": second}
         self._optimizer.step()
         self._weight.grad = None

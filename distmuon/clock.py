@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 class PhaseClock:
-    """Adds up host seconds per phase until cleared; on an accelerator, work that is only enqueued counts as enqueued."""
+    """Adds up host seconds per phase until cleared; on an accelerator that is the time to enqueue the work."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

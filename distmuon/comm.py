@@ -13,10 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renames the flat collectives; older releases have only the old names.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 class CollectiveKey(NamedTuple):
     """What collectives are tallied by."""
@@ -98,7 +94,8 @@ class Group:
         if self.size == 1:
             return Pending(full)
         shard = full.new_empty(full.numel() // self.size)
-        work = _reduce_scatter(shard, full, group=self.process_group, async_op=True)
+        collective = _flat_collective("reduce_scatter_single", "reduce_scatter_tensor")
+        work = collective(shard, full, group=self.process_group, async_op=True)
         self.traffic.add("reduce_scatter", self.size, full, _bytes(full) * (self.size - 1) // self.size)
         return Pending(shard, work, (full, shard))
 
@@ -108,7 +105,8 @@ class Group:
             return Pending(full)
         numel = full.numel() // self.size
         shard = full[self.rank * numel : (self.rank + 1) * numel]
-        work = _all_gather(full, shard, group=self.process_group, async_op=True)
+        collective = _flat_collective("all_gather_single", "all_gather_into_tensor")
+        work = collective(full, shard, group=self.process_group, async_op=True)
         self.traffic.add("all_gather", self.size, full, _bytes(full) * (self.size - 1) // self.size)
         return Pending(full, work, (full, shard))
 
@@ -140,9 +138,7 @@ class Group:
         padded = torch.cat([data, data.new_zeros(longest - data.numel())])
         texts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(texts, padded, group=self.process_group)
-        return [
-            bytes(part[: int(count)].tolist()).decode() for part, count in zip(texts, lengths, strict=True)
-        ]
+        return [bytes(part[: int(count)].tolist()).decode() for part, count in zip(texts, lengths, strict=True)]
 
 
 def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -159,6 +155,11 @@ def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGr
     group = dist.new_group()
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def _flat_collective(name: str, before_2_13: str) -> Any:
+    """Look a collective up by its name in this release of torch, at call time so that tracers see it."""
+    return getattr(dist, name, None) or getattr(dist, before_2_13)
 
 
 def _initialized() -> bool:

@@ -94,9 +94,7 @@ class MuonSettings(Strict):
         return {
             "kind": kind,
             "lr": self.lr if muon or self.adamw_lr is None else self.adamw_lr,
-            "weight_decay": self.weight_decay
-            if muon or self.adamw_weight_decay is None
-            else self.adamw_weight_decay,
+            "weight_decay": self.weight_decay if muon or self.adamw_weight_decay is None else self.adamw_weight_decay,
             "momentum": self.momentum,
             "nesterov": self.nesterov,
             "betas": self.adamw_betas,

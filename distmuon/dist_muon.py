@@ -43,8 +43,7 @@ class DistMuon(torch.optim.Optimizer):
         momentum: Muon's momentum in [0, 1).
         nesterov: whether Muon looks ahead by one momentum step.
         adamw_lr: learning rate of the AdamW parameters; None takes lr.
-        adamw_betas: AdamW's decay rates.
-        adamw_eps: AdamW's denominator floor.
+        adamw_betas, adamw_eps: AdamW's decay rates and denominator floor.
         adamw_weight_decay: weight decay of the AdamW parameters; None takes weight_decay.
         process_group: data-parallel group; None makes an own group of all ranks.
         policy: "balanced" keeps matrices whole, "flat" cuts equal contiguous shards as ZeRO-1 does.
@@ -128,11 +127,7 @@ class DistMuon(torch.optim.Optimizer):
         self._planned = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; every rank must add the same ones.
-
-        Args:
-            param_group: a group as the constructor takes it.
-        """
+        """Add parameters as the constructor takes them; every rank must add the same ones."""
         for group in to_groups([param_group]):
             complete_group(group, self.settings)
             if group.get("expert_group", "") not in {"", *self._experts}:
@@ -142,7 +137,11 @@ class DistMuon(torch.optim.Optimizer):
                 )
             super().add_param_group(group)
             if self._planned:
-                self._plan(len(self.param_groups) - 1)
+                try:
+                    self._plan(len(self.param_groups) - 1)
+                except ValueError:
+                    self.param_groups.pop()
+                    raise
 
     def reduces_in_backward(self) -> bool:
         """Whether a backward pass started now is the one whose gradients are reduced."""
@@ -191,7 +190,7 @@ class DistMuon(torch.optim.Optimizer):
         return self._agree(loss_scale).norm
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters; every rank must call it.
 
         Args:
@@ -226,15 +225,15 @@ class DistMuon(torch.optim.Optimizer):
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank: momentum, second moments, master weights."""
         tensors = [tensor for lane in self._reducer.lanes for tensor in lane.bucket.state().values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors)
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """This rank's shard of the state, with the plan it belongs to."""
         packed = super().state_dict()["param_groups"]
         return sharded_state.save(self._reducer.lanes, self.plans, self._main.rank, packed)
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore this rank's shard.
 
         Args:
@@ -254,14 +253,11 @@ class DistMuon(torch.optim.Optimizer):
         trained, frozen = bind(self.param_groups[first:], first)
         if not trained and not self._bound:
             raise ConfigError("every parameter is frozen; at least one must require a gradient.")
-        self._frozen += frozen
-        if not trained:
-            return
         plans, lanes = domains.build(trained, self.param_groups, self._main, self._experts, self.settings)
-        self._bound += trained
+        self._bound, self._frozen = self._bound + trained, self._frozen + frozen
         self.plans += plans
         self._reducer.add(lanes)
-        self._adamw = choose_adamw(self.settings.adamw_backend, lanes[0].bucket.device)
+        self._adamw = choose_adamw(self.settings.adamw_backend, self._bound[0].tensor.device)
 
     def _update(self, settings: phases.Settings, coefficient: float) -> None:
         """Phases 3 to 7 for every bucket; the all-gather of one runs while the next is computed."""
@@ -290,8 +286,7 @@ class DistMuon(torch.optim.Optimizer):
         if self._verdict is None:
             self.reduce_gradients()
             with self.clock("guard"):
-                squares = [lane.mean.double().square().sum() for lane in self._reducer.lanes if lane.mean is not None]
-                total = torch.stack([s.to(squares[0].device) for s in squares]).sum() / loss_scale**2
+                total = self._reducer.sum_of_squares() / loss_scale**2
                 entries = [(f"param group {i}", str(check_group(g))) for i, g in enumerate(self.param_groups)]
                 entries.append(("loss scale", repr(loss_scale)))
                 self._verdict = guard.vote(self._main, total, entries), loss_scale

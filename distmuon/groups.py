@@ -40,7 +40,7 @@ def to_groups(params: Params) -> list[dict[str, Any]]:
         raise ConfigError("params is empty; pass model.named_parameters() or distmuon.param_groups(model).")
     if not isinstance(items[0], Mapping):
         return _by_shape({"params": items})
-    groups = []
+    groups: list[dict[str, Any]] = []
     for item in items:
         groups += [dict(item)] if "kind" in item else _by_shape(dict(item))
     return groups
@@ -169,9 +169,7 @@ def _check(param: BoundParam) -> None:
     elif not tensor.is_leaf:
         problem = "is not a leaf of the autograd graph; pass nn.Parameters"
     elif param.kind == "muon" and tensor.ndim not in (2, 3):
-        problem = (
-            f'has {tensor.ndim} dimensions and kind "muon", which takes [A, B] or [E, A, B]; give it kind "adamw"'
-        )
+        problem = f'has {tensor.ndim} dimensions and kind "muon", which takes [A, B] or [E, A, B]; give it kind "adamw"'
     if problem:
         raise ParameterError(f'parameter "{param.name}" {problem}.')
 

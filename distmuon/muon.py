@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
             bind(self.param_groups[-1:], len(self.param_groups) - 1)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters.
 
         Args:

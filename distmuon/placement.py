@@ -109,7 +109,7 @@ def _longest_first(runs: list[Run], loads: list[int]) -> tuple[list[list[Run]], 
 
 
 def _pour(placed: list[list[Run]], stream: list[Run], shard_numel: int) -> Shards:
-    """Lay the whole runs of each rank first, then fill every shard from the stream, cutting it where a shard is full."""
+    """Lay each rank's whole runs first, then fill the shards from the stream, cutting it where one is full."""
     pieces: list[list[Piece]] = []
     queue = list(reversed(stream))
     for runs in placed:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from distmuon.errors import ConfigError
 from distmuon.placement import Piece, Run, place_balanced, place_flat
@@ -148,7 +148,11 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over parameters and placement; equal on all ranks or nothing works."""
-        content = {"policy": self.policy, "world": self.world, "params": [asdict(spec) for spec in self.params]}
+        content: dict[str, Any] = {
+            "policy": self.policy,
+            "world": self.world,
+            "params": [asdict(spec) for spec in self.params],
+        }
         content["buckets"] = [[bucket.shard_numel, bucket.pieces] for bucket in self.buckets]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -63,7 +63,7 @@ class Reducer:
                 param = lane.bucket.params[index]
                 watched.setdefault(id(param.tensor), (param, []))[1].append((lane, index))
         for param, places in watched.values():
-            param.tensor.register_post_accumulate_grad_hook(self._hook(param, places))
+            param.tensor.register_post_accumulate_grad_hook(self._hook(param, places))  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
         """Launch what backward could not, wait for everything, and leave the mean gradient in each lane."""
@@ -72,6 +72,11 @@ class Reducer:
             if lane.pending is not None:
                 total = lane.pending.wait().float()
                 lane.mean, lane.pending = total.div_(lane.divisor) if lane.divisor > 1 else total, None
+
+    def sum_of_squares(self) -> Tensor:
+        """Sum of the squared mean gradients of this rank's shards, a float64 scalar."""
+        squares = [lane.mean.double().square().sum() for lane in self.lanes if lane.mean is not None]
+        return torch.stack([square.to(squares[0].device) for square in squares]).sum()
 
     def reset(self) -> None:
         """Forget every gradient that was reduced or accumulated, waiting for reductions under way."""

@@ -98,16 +98,27 @@ def check_engine(engine: Any) -> None:
     Raises:
         ConfigError: one sentence that names the setting and what to change.
     """
-    stage = int(engine.zero_optimization_stage())
-    if stage != 1:
-        raise ConfigError(
-            f"zero_optimization.stage = {stage} is not legal with DistMuon, which shards as ZeRO stage 1 does; set it to 1."
+    for found, what, remedy in _refusals(engine):
+        if found:
+            raise ConfigError(f"DistMuon does not support {what}; {remedy}.")
+    zero = engine._config.zero_config
+    ignored = sorted(_WITHOUT_EFFECT & set(getattr(zero, "model_fields_set", ())))
+    if ignored:
+        log.warning(
+            "zero_optimization keys without effect under DistMuon: %s; optimizer.params.bucket_mb sizes its buckets",
+            ", ".join(ignored),
         )
+
+
+def _refusals(engine: Any) -> list[tuple[bool, str, str]]:
+    """Whether each unsupported setting is on, what it is called, and what to do about it."""
+    stage = int(engine.zero_optimization_stage())
     config, zero = engine._config, engine._config.zero_config
     offloads = [getattr(zero, key, None) for key in ("offload_optimizer", "offload_param")]
     devices = [str(getattr(offload.device, "value", offload.device)) for offload in offloads if offload is not None]
     comm_dtypes = (torch.float32, torch.bfloat16)
-    refusals = [
+    return [
+        (stage != 1, f"zero_optimization.stage = {stage}", "it shards as stage 1 does, so set it to 1"),
         (engine.fp16_enabled(), "fp16.enabled", 'set "bf16": {"enabled": true} instead'),
         (any(device != "none" for device in devices), "zero_optimization.offload_*", "remove it"),
         (engine.pipeline_parallelism, "a PipelineModule", "pass a plain nn.Module"),
@@ -118,26 +129,33 @@ def check_engine(engine: Any) -> None:
         (not getattr(engine, "gradient_average", True), 'gradient_allreduce_op "sum"', 'set it to "avg"'),
         (engine.sequence_parallel_size != 1, "sequence parallelism", "use data and expert parallelism only"),
         (_model_parallel(engine), "tensor parallelism", "use data and expert parallelism only"),
-        (getattr(config.bfloat16_config, "bf16_optimizer_states", False), "bf16_optimizer_states", "set it to false"),
+        (
+            getattr(config.bfloat16_config, "bf16_optimizer_states", False),
+            "bf16_optimizer_states",
+            "set it to false",
+        ),
         (
             getattr(config.bfloat16_config, "bf16_master_weights_and_grads", False),
             "bf16_master_weights_and_grads",
             "set it to false",
         ),
-        (engine.communication_data_type not in comm_dtypes, "communication_data_type", 'set it to "fp32" or "bf16"'),
-        (bool(getattr(zero, "zero_quantized_gradients", False)), "zero_quantized_gradients", "set it to false"),
+        (
+            engine.communication_data_type not in comm_dtypes,
+            "communication_data_type",
+            'set it to "fp32" or "bf16"',
+        ),
+        (
+            bool(getattr(zero, "zero_quantized_gradients", False)),
+            "zero_quantized_gradients",
+            "set it to false",
+        ),
         (bool(engine.is_deepcompile_enabled()), "compile.deepcompile", "set it to false"),
-        (bool(getattr(engine, "torch_autocast_z0_gradscaler", None)), "torch_autocast with fp16", "use bfloat16"),
+        (
+            bool(getattr(engine, "torch_autocast_z0_gradscaler", None)),
+            "torch_autocast with fp16",
+            "use bfloat16",
+        ),
     ]
-    for found, what, remedy in refusals:
-        if found:
-            raise ConfigError(f"DistMuon does not support {what}; {remedy}.")
-    ignored = sorted(_WITHOUT_EFFECT & set(getattr(zero, "model_fields_set", ())))
-    if ignored:
-        log.warning(
-            "zero_optimization keys without effect under DistMuon: %s; optimizer.params.bucket_mb sizes its buckets",
-            ", ".join(ignored),
-        )
 
 
 def _model_parallel(engine: Any) -> bool:

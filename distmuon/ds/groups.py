@@ -36,22 +36,21 @@ def to_param_groups(
         settings = {key: value for key, value in source.items() if key not in ("params", "param_names", "positions")}
         if settings.get("moe"):
             settings["expert_group"] = settings["name"]
-        split: dict[str, list[int]] = {}
-        members = {}
+        split: dict[str, list[tuple[int, tuple[str, Tensor]]]] = {}
         for parameter in source["params"]:
-            if id(parameter) not in positions:
+            position = positions.get(id(parameter))
+            if position is None:
                 raise ConfigError(
                     f"model_parameters holds a tensor of shape {tuple(parameter.shape)} that is not a parameter of the "
                     "model; pass parameters of the model given to deepspeed.initialize."
                 )
-            position = positions[id(parameter)]
             route = table[position]
-            members[position] = (route.name, parameter)
-            kind = "adamw" if route.kind == "frozen" else route.kind
-            split.setdefault(settings.get("kind", kind), []).append(position)
-        for kind, chosen in sorted(split.items(), reverse=True):
-            params = [members[position] for position in chosen]
-            groups.append({**settings, "kind": kind, "params": params, "positions": chosen})
+            kind = settings.get("kind", "muon" if route.kind == "muon" else "adamw")
+            split.setdefault(kind, []).append((position, (route.name, parameter)))
+        for kind, members in sorted(split.items(), reverse=True):
+            params = [member for _, member in members]
+            positions_of = [position for position, _ in members]
+            groups.append({**settings, "kind": kind, "params": params, "positions": positions_of})
     _check_some_muon(groups, model_parameters)
     return groups
 

@@ -12,7 +12,7 @@ from distmuon.dist_muon import DistMuon
 from distmuon.errors import StateError
 
 
-class ZeroDistMuon(DistMuon, ZeROOptimizer):  # type: ignore[misc]
+class ZeroDistMuon(DistMuon, ZeROOptimizer):
     """DistMuon driven by a DeepSpeedEngine.
 
     The engine decides which micro-batch is the last of a step; gradients are reduced while that one's backward runs.

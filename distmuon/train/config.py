@@ -47,7 +47,9 @@ class ModelConfig(Strict):
     def _divisible(self) -> ModelConfig:
         for whole, part in (("width", "heads"), ("heads", "kv_heads"), ("experts", "ep_size")):
             if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{whole} = {getattr(self, whole)} is not a multiple of {part} = {getattr(self, part)}")
+                raise ValueError(
+                    f"{whole} = {getattr(self, whole)} is not a multiple of {part} = {getattr(self, part)}"
+                )
         if self.width // self.heads % 2:
             raise ValueError(f"width / heads = {self.width // self.heads} must be even for rotary positions")
         if self.top_k > self.experts:
@@ -137,8 +139,6 @@ class CheckpointConfig(Strict):
     """Updates between checkpoints."""
     keep: int = Field(default=2, ge=1)
     """Number of newest checkpoints that are kept."""
-    resume: Literal["never", "auto"] = "never"
-    """"auto" continues the run of this name if it has a checkpoint."""
 
 
 class RunConfig(Strict):
@@ -148,6 +148,8 @@ class RunConfig(Strict):
     """Name of the run and of its directory."""
     out: str = "runs"
     """Directory of all runs."""
+    resume: Literal["never", "auto"] = "never"
+    """"auto" continues the run of this name from its newest checkpoint, if it has been started."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of weights and data order."""
     model: ModelConfig = ModelConfig()
@@ -202,13 +204,24 @@ def load_run(path: Path) -> RunConfig:
     Raises:
         ConfigError: a file is missing, not TOML, or holds an illegal setting.
     """
-    table = _read_toml(path)
+    table = read_toml(path)
     if isinstance(table.get("model"), str):
-        table["model"] = _read_toml(path.parent / table["model"])
+        table["model"] = read_toml(path.parent / table["model"])
     return parse(RunConfig, table, str(path))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its tables.
+
+    Raises:
+        ConfigError: the file is missing or not TOML.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

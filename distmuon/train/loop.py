@@ -27,6 +27,7 @@ from distmuon.train.metrics import (
     RunRecord,
     StepRecord,
 )
+from distmuon.train.preemption import StopRequest
 from distmuon.train.progress import Progress
 from distmuon.train.provenance import environment, routing_summary
 
@@ -42,6 +43,7 @@ class Totals(NamedTuple):
     loss: float
     aux_loss: float
     load_max_over_mean: float
+    stop: bool
 
 
 class Trainer:
@@ -75,19 +77,27 @@ class Trainer:
             _, state = self.engine.load_checkpoint(str(self.checkpoints))
             self.done = int(state["updates"])
 
-    def fit(self) -> None:
-        """Run all remaining updates and leave a final checkpoint and record."""
+    def fit(self, stop: StopRequest) -> None:
+        """Run all remaining updates and leave a final checkpoint and record.
+
+        Args:
+            stop: when it was received on any rank, all ranks save a checkpoint and return before the end.
+        """
         run = self.run
         self._record_start()
         with Progress(run.schedule.updates, initial=self.done, enabled=self.rank == 0) as progress:
             while self.done < run.schedule.updates:
-                record = self._update()
+                record, stopping = self._update(stop.received)
                 progress.update(self.done, record.loss, record.tokens_per_s)
                 if self.done % run.evaluation.every == 0 and self.done < run.schedule.updates:
                     score = self._evaluate(run.evaluation.sequences)
                     progress.note(f"update {self.done}: validation loss {score.loss:.4f}")
                 if self.done % run.checkpoint.every == 0 and self.done < run.schedule.updates:
                     self._save()
+                if stopping and self.done < run.schedule.updates:
+                    self._save()
+                    progress.note(f"stopped by SIGTERM after update {self.done}; go on with --resume auto")
+                    return
             self._save()
             score = self._evaluate(run.evaluation.final_sequences)
             self._record_final(score)
@@ -98,11 +108,11 @@ class Trainer:
         """Directory of the checkpoints."""
         return self.run.directory / "checkpoints"
 
-    def _update(self) -> StepRecord:
-        """One optimizer update."""
+    def _update(self, stop: bool) -> tuple[StepRecord, bool]:
+        """One optimizer update; also whether any rank wants to stop."""
         start = time.perf_counter()
         lr = self.engine.get_lr()[0]
-        totals = self._forward_backward()
+        totals = self._forward_backward(stop)
         self.done += 1
         seconds = time.perf_counter() - start
         skipped = bool(getattr(self.engine.optimizer, "overflow", False))
@@ -123,9 +133,9 @@ class Trainer:
         if self.metrics:
             self.metrics.write(record)
         self._stop_if_stuck(skipped)
-        return record
+        return record, totals.stop
 
-    def _forward_backward(self) -> Totals:
+    def _forward_backward(self, stop: bool) -> Totals:
         """All micro-batches of an update, the last of which steps the optimizer."""
         ids = self.order.ids(self.done * self.run.batch.sequences, self.run.batch.sequences)
         mine = ids.reshape(self.world, self.accumulation, -1)[self.rank]
@@ -140,18 +150,18 @@ class Trainer:
             self.engine.step()
             losses += torch.stack([output.loss, output.aux_loss]) / (self.accumulation * self.world)
             counts_LE += output.expert_counts_LE
-        sums = torch.cat([losses, counts_LE.flatten()])
+        sums = torch.cat([losses, losses.new_tensor([float(stop)]), counts_LE.flatten()])
         dist.all_reduce(sums)
-        counts_LE = sums[2:].view_as(counts_LE)
+        counts_LE = sums[3:].view_as(counts_LE)
         load = (counts_LE.amax(1) / counts_LE.mean(1)).max()
-        return Totals(float(sums[0]), float(sums[1]), float(load))
+        return Totals(float(sums[0]), float(sums[1]), float(load), stop=bool(sums[2] > 0))
 
     def _stop_if_stuck(self, skipped: bool) -> None:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise DistMuonError(
-                f"gradients were not finite {self.skipped_in_a_row} updates in a row, up to update {self.done}; "
-                "lower optimizer.lr, or set precision.autocast to \"off\" to find out where they overflow."
+                f"{self.skipped_in_a_row} updates in a row, up to {self.done}, had gradients that are not finite; "
+                'lower optimizer.lr, or switch precision.autocast "off" to find out where they overflow.'
             )
 
     def _evaluate(self, sequences: int) -> Score:
@@ -192,9 +202,7 @@ class Trainer:
         state_bytes = self._state_bytes()
         if not self.metrics:
             return
-        routing = routing_summary(
-            engines.route_model(self.run.optimizer, self.engine.module), self.engine.module
-        )
+        routing = routing_summary(engines.route_model(self.run.optimizer, self.engine.module), self.engine.module)
         if self.run.optimizer.name != "distmuon":
             routing = [row.model_copy(update={"kind": "adamw"}) for row in routing]
         self.metrics.write(

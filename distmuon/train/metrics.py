@@ -239,11 +239,7 @@ def _parse(line: bytes) -> Record:
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
-        return (
-            ".".join(str(part) for part in first["loc"]) + f": {first['msg']}"
-            if first["loc"]
-            else first["msg"]
-        )
+        return ".".join(str(part) for part in first["loc"]) + f": {first['msg']}" if first["loc"] else first["msg"]
     return str(error)
 
 
@@ -252,9 +248,7 @@ def _finite(value: Any, path: str, nonfinite: list[str]) -> Any:
         nonfinite.append(path)
         return None
     if isinstance(value, dict):
-        return {
-            str(key): _finite(item, f"{path}.{key}".lstrip("."), nonfinite) for key, item in value.items()
-        }
+        return {str(key): _finite(item, f"{path}.{key}".lstrip("."), nonfinite) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item, f"{path}.{index}", nonfinite) for index, item in enumerate(value)]
     return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -135,9 +135,7 @@ class MoETransformer(nn.Module):
         autocast: dtype of mixed-precision matrix products; None computes in the parameters' dtype.
     """
 
-    def __init__(
-        self, config: ModelConfig, vocabulary: int, seed: int, autocast: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, vocabulary: int, seed: int, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
         self.autocast = autocast
@@ -208,17 +206,18 @@ def global_name(model: nn.Module, name: str) -> str:
     prefix, marker, rest = name.partition(".deepspeed_moe.experts.deepspeed_experts.")
     if not marker:
         return name
-    moe = model.get_submodule(prefix)
+    moe: Any = model.get_submodule(prefix)
     local, _, tail = rest.partition(".")
     # Expert-parallel groups are runs of consecutive ranks; they do not exist yet when weights are drawn.
     rank = dist.get_rank() if dist.is_initialized() else 0
-    first = rank % int(moe.ep_size) * int(moe.num_local_experts)
+    first = rank % moe.ep_size * moe.num_local_experts
     return f"{prefix}{marker}{first + int(local)}.{tail}"
 
 
 def split_heads(x_BTD: Tensor, heads: int) -> Tensor:
     """[B, T, heads * C] to [B, heads, T, C]."""
-    return x_BTD.unflatten(-1, (heads, -1)).transpose(1, 2)
+    batch, length, _ = x_BTD.shape
+    return x_BTD.view(batch, length, heads, -1).transpose(1, 2)
 
 
 def rotary_angles(length: int, config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from distmuon.train.data import TokenData, prepare, validation_ids
 from distmuon.train.loop import Trainer
 from distmuon.train.metrics import FILE_NAME, ErrorRecord, MetricsWriter
 from distmuon.train.model import MoETransformer
+from distmuon.train.preemption import StopRequest
 from distmuon.train.report import write_report
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def train(run: RunConfig, local_rank: int = 0) -> Path:
         trainer = Trainer(run, data, engine, metrics)
         if resuming:
             trainer.resume()
-        trainer.fit()
+        with StopRequest() as stop:
+            trainer.fit(stop)
         if dist.get_rank() == 0:
             write_report(run.directory)
         dist.barrier()
@@ -72,10 +74,10 @@ def _check_directory(run: RunConfig) -> bool:
     started = run.directory / FILE_NAME
     if not started.exists() or not started.stat().st_size:
         return False
-    if run.checkpoint.resume == "auto":
+    if run.resume == "auto":
         return True
     raise ConfigError(
-        f"{run.directory} already holds a run; continue it with --checkpoint.resume auto, choose another --name, "
+        f"{run.directory} already holds a run; continue it with --resume auto, choose another --name, "
         "or remove the directory."
     )
 

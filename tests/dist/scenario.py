@@ -50,6 +50,7 @@ class Case:
     steps: int = 3
     exact: bool = False
     nesterov: bool = True
+    reduce_dtype: str = "float32"
     lr: float = 0.1
     adamw_lr: float = 0.02
     weight_decay: float = 0.1
@@ -94,6 +95,7 @@ def optimizer(params: Mapping[str, Parameter], case: Case, group: Any = None, **
             "policy": case.policy,
             "bucket_mb": case.bucket_mb,
             "max_grad_norm": case.clip,
+            "reduce_dtype": getattr(torch, case.reduce_dtype),
             "ns": distmuon.NewtonSchulz.model_validate({"dtype": case.ns}),
             **extra,
         },

@@ -28,7 +28,7 @@ from tests.dist.scenario import (
 from tests.dist.scenario import train_in_process as train_plain
 from tests.ranks import RankPool, run_threads
 
-WORLDS = [1, 2, 3, 4]
+WORLDS = [1, 2, 3, 4, 8]
 CASES = [
     Case(exact=True, ns=ns, clip=clip, dtype=dtype)
     for ns, clip, dtype in [
@@ -68,6 +68,20 @@ def test_processes_give_the_same_bits(pool: RankPool, world: int, policy: str) -
     case = CASES[3]
     for answer in pool.run(world, train_plain, asdict(replace(case, policy=policy))):
         assert tuple(answer["digests"]) == alone(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_no_process_group_is_one_rank(case: Case) -> None:
+    """Outside torch.distributed the same code runs and communication is skipped."""
+    assert not torch.distributed.is_initialized()
+    assert tuple(train(0, 1, case).digests) == alone(case)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_reduce_dtype_changes_no_exact_bit(world: int) -> None:
+    """Gradients whose sum fits into bfloat16 give the same bits whichever dtype sums them."""
+    for run in run_threads(world, train, replace(CASES[1], reduce_dtype="bfloat16")):
+        assert tuple(run.digests) == alone(CASES[1])
 
 
 @pytest.mark.parametrize("policy", ["balanced", "flat"])

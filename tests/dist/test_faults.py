@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from tests.dist.scenario import (
     update_error,
 )
 from tests.oracle import relative
-from tests.ranks import run_threads
+from tests.ranks import RankPool, run_threads
 
 BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -63,6 +64,24 @@ def test_non_finite_gradient(world: int, policy: str, value: str, bad_step: int,
     runs = run_threads(world, body)
     assert {(run.skipped, *run.digests) for run in runs} == {(1, *runs[0].digests)}
     assert update_error(runs[0], reference(case, world, source)) < EXACT_NS
+
+
+def nan_in_process(rank: int, world: int, group: Any) -> tuple[int, bool]:
+    """One step whose last rank has a NaN: steps skipped, and whether every bit stayed."""
+    params = parameters()
+    opt = optimizer(params, Case(policy="flat", clip=1.0), group)
+    grads = gradients(Case(), 0, 0, rank, world)
+    if rank == world - 1:
+        grads["odd"] = torch.full((5, 7), math.nan)
+    backward(params, grads)
+    before = digest((params, opt.state_dict()))
+    opt.step()
+    return opt.skipped_steps, digest((params, opt.state_dict())) == before
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_skip_together(pool: RankPool, world: int) -> None:
+    assert pool.run(world, nan_in_process) == [(1, True)] * world
 
 
 def test_sum_that_overflows_is_skipped() -> None:

@@ -32,6 +32,7 @@ from tests.dist.scenario import (
     train,
     update_error,
 )
+from tests.oracle import relative
 from tests.ranks import run_threads
 
 
@@ -137,6 +138,34 @@ def test_closure() -> None:
     assert update_error(run_threads(2, body)[0], against) < EXACT_NS
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_gradients_that_stay(by_hand: bool) -> None:
+    """As in torch.optim: without zero_grad they add up, and a step without backward uses them again."""
+    case = Case(clip=1.0)
+
+    def body(rank: int, world: int) -> Run:
+        params = parameters()
+        opt = optimizer(params, case)
+        for step in range(2):
+            if by_hand:
+                for name, gradient in total(rank, step).items():
+                    params[name].grad = gradient
+            else:
+                backward(params, gradients(case, step, 0, rank, world))
+            opt.step()
+        opt.step()
+        return Run(plain(params))
+
+    def total(rank: int, step: int) -> Gradients:
+        return accumulate([gradients(case, earlier, 0, rank, 2) for earlier in range(step + 1)])
+
+    against = oracle(case)
+    for step in (0, 1, 1):
+        against.step([total(rank, step) for rank in range(2)])
+    for run in run_threads(2, body):
+        assert update_error(run, against) < EXACT_NS
+
+
 class Tied(nn.Module):
     """Embedding and output share one weight; one layer is frozen."""
 
@@ -161,26 +190,34 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("give", ["named_parameters", "param_groups"])
 def test_tied_and_frozen_parameters(give: str) -> None:
-    def body(rank: int, world: int) -> tuple[str, float, float]:
+    """Two ranks learn what one rank learns from both batches, whatever order backward comes in."""
+
+    def batch(rank: int, step: int) -> torch.Tensor:
+        return torch.randint(0, 12, (16,), generator=torch.Generator().manual_seed(10 * step + rank))
+
+    def body(rank: int, world: int) -> tuple[str, torch.Tensor, float, float]:
         model = Tied()
         given = model.named_parameters() if give == "named_parameters" else distmuon.param_groups(model)
-        opt = distmuon.DistMuon(given, lr=0.1)
+        opt = distmuon.DistMuon(given, lr=0.1, bucket_mb=SMALL_MB, ns=distmuon.NewtonSchulz(dtype="float32"))
         frozen = digest(list(model.frozen.parameters()))
         losses = []
         for step in range(10):
-            tokens = torch.randint(0, 12, (16,), generator=torch.Generator().manual_seed(10 * step + rank))
-            loss = model(tokens)
+            mine = [batch(rank, step)] if world == 2 else [batch(0, step), batch(1, step)]
+            loss = model(torch.cat(mine))
             losses.append(float(loss.detach()))
             loss.backward()
             opt.step()
             opt.zero_grad()
         assert digest(list(model.frozen.parameters())) == frozen
         assert model.head.weight is model.embed.weight
-        return digest(list(model.parameters())), losses[0], losses[-1]
+        moved = torch.cat([p.detach().flatten() for p in model.parameters()])
+        return digest(list(model.parameters())), moved, losses[0], losses[-1]
 
-    results = run_threads(2, body)
-    assert results[0][0] == results[1][0]
-    assert all(last < 0.8 * first for _, first, last in results)
+    first, second = run_threads(2, body)
+    (alone,) = run_threads(1, body)
+    assert first[0] == second[0]
+    assert relative(first[1], alone[1]) < 1e-4
+    assert alone[3] < 0.8 * alone[2]
 
 
 def test_replaced_optimizer_is_forgotten() -> None:
@@ -223,3 +260,20 @@ def test_one_parameter_on_four_ranks() -> None:
     alone = run_threads(1, lambda rank, world: body(1, 1))[0]
     for values in run_threads(4, body):
         assert values == pytest.approx(alone, rel=1e-5)
+
+
+def test_empty_parameter() -> None:
+    """A parameter without elements is carried along."""
+
+    def body(rank: int, world: int) -> list[str]:
+        params = {"wide": Parameter(torch.ones(8, 32)), "nothing": Parameter(torch.zeros(0, 4))}
+        opt = optimizer(params, Case())
+        for step in range(2):
+            params["wide"].square().sum().mul(1.0 + step).backward()
+            opt.step()
+            opt.zero_grad()
+        return [digest(params), digest(params["wide"])]
+
+    results = run_threads(2, body)
+    assert results[0] == results[1]
+    assert results[0][1] != digest(torch.ones(8, 32))

@@ -32,9 +32,7 @@ def binary_files(spec: SourceSpec) -> list[Path]:
     target = Path(spec.target).expanduser().resolve()
     root = target if target.is_dir() else target.parent
     if target != root and target.name != "train.bin":
-        raise DataError(
-            f'data.source "{spec.text}" must name a train.bin or its directory; rename {target.name}.'
-        )
+        raise DataError(f'data.source "{spec.text}" must name a train.bin or its directory; rename {target.name}.')
     for name, remedy in (
         ("train.bin", "put the training token ids there"),
         ("val.bin", "put the held-out token ids there"),

@@ -61,9 +61,7 @@ def prepare(cfg: DataConfig, progress: bool = True) -> TokenData:
     if specs[0].kind == "bin":
         recipe["identity"] = [file_identity(path) for path in binary_files(specs[0])]
         logger.info("%s brings its own tokens; data.tokenizer is not used", specs[0].text)
-        return cached(
-            cfg.cache_root(), recipe, lambda staging: link_binary(specs[0], cfg.eos_token, staging, progress)
-        )
+        return cached(cfg.cache_root(), recipe, lambda staging: link_binary(specs[0], cfg.eos_token, staging, progress))
     tokenizer = parse_tokenizer(cfg.tokenizer)
     path = tokenizer_file(tokenizer)
     content = None if path is None else path.read_text(encoding="utf-8", errors="replace")
@@ -122,9 +120,7 @@ def _build(
     }
 
 
-def _train(
-    spec: TokenizerSpec, eos_token: str, texts: Iterator[str], documents: int, progress: bool
-) -> TextTokenizer:
+def _train(spec: TokenizerSpec, eos_token: str, texts: Iterator[str], documents: int, progress: bool) -> TextTokenizer:
     size = int(spec.target)
     bar = tqdm(texts, desc="training the tokenizer", total=documents, unit="doc", disable=not progress)
     tokenizer = train_bpe(iter(bar), size, eos_token, documents)

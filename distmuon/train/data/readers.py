@@ -105,9 +105,7 @@ def read_jsonl(pattern: str, field: str) -> Iterator[Document]:
                     if line.strip():
                         yield _document(_json(line, f"{path}:{number}"), field, f"{path}:{number}")
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is not UTF-8 near line {number + 1} ({error}); repair the file."
-            ) from None
+            raise DataError(f"{path} is not UTF-8 near line {number + 1} ({error}); repair the file.") from None
         except (OSError, EOFError) as error:
             raise DataError(f"{path} cannot be read ({error}); repair or replace the file.") from None
 

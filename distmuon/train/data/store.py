@@ -69,9 +69,7 @@ class TokenData:
     def _tokenizer(self) -> TextTokenizer:
         path = self.root / "tokenizer.json"
         if not path.is_file():
-            raise DataError(
-                f"{self.meta['source'][0]} has no tokenizer; put a tokenizer.json next to train.bin."
-            )
+            raise DataError(f"{self.meta['source'][0]} has no tokenizer; put a tokenizer.json next to train.bin.")
         return load_tokenizer(path.read_text(encoding="utf-8"), self.meta["eos_token"], str(path))
 
 

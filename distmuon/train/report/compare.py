@@ -29,18 +29,14 @@ def _compare(run: RunView, other: RunView) -> list[str]:
     mine, theirs = run.validation, other.validation
     unfinished = [r.label for r in (run, other) if r.status != "finished"]
     if unfinished:
-        return [
-            f"No comparison of {run.label} with {other.label}: {' and '.join(unfinished)} did not finish."
-        ]
+        return [f"No comparison of {run.label} with {other.label}: {' and '.join(unfinished)} did not finish."]
     if mine is None or theirs is None or not (math.isfinite(mine.loss) and math.isfinite(theirs.loss)):
         return [f"No comparison of {run.label} with {other.label}: a final validation loss is not finite."]
     lines = []
     if theirs.loss > 0:
         change = (mine.loss - theirs.loss) / theirs.loss
         word = "lower" if change < 0 else "higher"
-        lines.append(
-            f"Final validation loss of {run.label} is {abs(change):.2%} {word} than that of {other.label}."
-        )
+        lines.append(f"Final validation loss of {run.label} is {abs(change):.2%} {word} than that of {other.label}.")
     ahead, behind = (run, other) if mine.loss <= theirs.loss else (other, run)
     return [*lines, _reached(ahead, behind, max(mine.loss, theirs.loss))]
 
@@ -83,9 +79,7 @@ def cautions(runs: Sequence[RunView]) -> list[str]:
         lines.append(f"The runs differ in their data ({', '.join(keys)}): compare their losses with care.")
     evaluated = [frozenset(record.sequences for record in run.metrics.evals.values()) for run in runs]
     if len({sizes for sizes in evaluated if sizes}) > 1:
-        lines.append(
-            "The runs were not evaluated on the same number of sequences: compare their losses with care."
-        )
+        lines.append("The runs were not evaluated on the same number of sequences: compare their losses with care.")
     return lines
 
 

@@ -35,12 +35,8 @@ class Theme:
     runs: tuple[str, ...]
 
 
-LIGHT = Theme(
-    "#ffffff", "#24292f", "#d8dee4", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-)
-DARK = Theme(
-    "#15181c", "#d8dde3", "#363c44", ("#56B4E9", "#E0701A", "#1FB98F", "#CC79A7", "#E69F00", "#4A90D9")
-)
+LIGHT = Theme("#ffffff", "#24292f", "#d8dee4", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"))
+DARK = Theme("#15181c", "#d8dde3", "#363c44", ("#56B4E9", "#E0701A", "#1FB98F", "#CC79A7", "#E69F00", "#4A90D9"))
 
 
 def thin(x: Array, y: Array, points: int = MAX_POINTS) -> tuple[Array, Array]:
@@ -145,9 +141,7 @@ def _style(axes: Axes, theme: Theme) -> None:
 def _curve(run: RunView, value: Callable[[StepRecord], float | None]) -> tuple[Array, Array]:
     steps = run.metrics.steps
     values = [value(record) for record in steps.values()]
-    return np.array(list(steps), dtype=float), np.array(
-        [math.nan if v is None else v for v in values], dtype=float
-    )
+    return np.array(list(steps), dtype=float), np.array([math.nan if v is None else v for v in values], dtype=float)
 
 
 def _draw_loss(axes: Axes, runs: Sequence[RunView], theme: Theme) -> None:

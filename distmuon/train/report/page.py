@@ -96,9 +96,7 @@ def page(runs: Sequence[RunView], light: bytes, dark: bytes) -> str:
     ]
     night = f"@media (prefers-color-scheme:dark){{{_DARK}{_colours(DARK)}}}"
     style = Markup(f"<style>{_STYLE}{_colours(LIGHT)}{night}</style>")
-    viewport = Markup(
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-    )
+    viewport = Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">')
     head = tag("head", viewport, tag("title", title), style)
     return f'<!DOCTYPE html>\n<html lang="en">{head}{tag("body", *body)}</html>\n'
 

@@ -112,18 +112,14 @@ def step_time(runs: Sequence[RunView]) -> Markup:
         for _, seconds, shown in cells:
             row += [duration(shown[part]), percent(shown[part] / seconds if seconds else None)]
         rows.append(row)
-    rows.append(
-        ["whole step", *[cell for _, seconds, _ in cells for cell in (duration(seconds), percent(1.0))]]
-    )
+    rows.append(["whole step", *[cell for _, seconds, _ in cells for cell in (duration(seconds), percent(1.0))]])
     head = ["median per step", *[cell for name, _, _ in cells for cell in (name, "share")]]
     counted = "; ".join(
         f"{run.label}: {time.steps:,} steps, the first {time.warmup:,} left out"
         for run, time in zip(runs, times, strict=True)
         if time
     )
-    note = (
-        f"Medians of wall time ({counted}). Medians of parts need not add up to the median of the whole step."
-    )
+    note = f"Medians of wall time ({counted}). Medians of parts need not add up to the median of the whole step."
     return join([tag("div", *bars, class_="bars"), table(head, rows), tag("p", note, class_="note")])
 
 
@@ -200,9 +196,7 @@ def routing(runs: Sequence[RunView]) -> Markup:
             count = sum(row.parameters for row in mine)
             tensors = sum(row.tensors for row in mine)
             sums.append([kind, f"{tensors:,}", f"{count:,}", percent(count / total if total else None)])
-        modules = [
-            [row.module, row.kind, f"{row.tensors:,}", f"{row.parameters:,}"] for row in optimizer.routing
-        ]
+        modules = [[row.module, row.kind, f"{row.tensors:,}", f"{row.parameters:,}"] for row in optimizer.routing]
         parts.append(tag("p", name, ": optimizer ", tag("b", optimizer.name)))
         if modules:
             full = table(["module", "kind", "tensors", "parameters"], modules, numeric_from=2)
@@ -226,9 +220,7 @@ def provenance(runs: Sequence[RunView]) -> Markup:
     """Data and environment of the runs."""
     records = [run.metrics.run for run in runs]
     data = [flatten(record.data) if record else {} for record in records]
-    where = [
-        {"started": record.started, **flatten(record.environment)} if record else {} for record in records
-    ]
+    where = [{"started": record.started, **flatten(record.environment)} if record else {} for record in records]
     return join(
         [
             tag("h3", "Data"),
