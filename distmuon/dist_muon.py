@@ -118,9 +118,7 @@ class DistMuon(torch.optim.Optimizer):
         self._clip_to: float | None = None
         self._bound: list[BoundParam] = []
         self._frozen: list[BoundParam] = []
-        self._reducer = Reducer(
-            reduce_dtype, self.reduces_in_backward, accumulate_in_buckets=grad_accum_dtype is not None
-        )
+        self._reducer = Reducer(reduce_dtype, self.reduces_in_backward, grad_accum_dtype is not None)
         self._planned = False
         super().__init__(to_groups(params), {})
         self._plan(0)

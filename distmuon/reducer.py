@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from distmuon.bucket import BoundParam, Bucket
 from distmuon.comm import Group, Pending
 from distmuon.errors import ParameterError, SynchronizationError
+
+_OWNER = "_distmuon_owner"
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Reducer:
         self._launch_in_backward = launch_in_backward
         self._accumulate = accumulate_in_buckets
         self._next = 0
+        self._begun = False
 
     def add(self, lanes: Sequence[Lane]) -> None:
         """Take over lanes and hook their parameters; lanes are launched in the order given.
@@ -80,32 +84,57 @@ class Reducer:
 
     def reset(self) -> None:
         """Forget every gradient that was reduced or accumulated, waiting for reductions under way."""
+        if self._begun:
+            # Another rank may have got further in a backward that is given up here; all must issue the same sequence.
+            self._launch(all_lanes=True)
         for lane in self.lanes:
             if lane.pending is not None:
                 lane.pending.wait()
             lane.pending = lane.mean = lane.accumulated = None
             lane.ready.clear()
         self._next = 0
+        self._begun = False
 
     def _hook(self, param: BoundParam, places: list[tuple[Lane, int]]) -> Callable[[Tensor], None]:
+        # A model outlives its optimizers: only the hooks of the newest one reduce, and none keeps its optimizer alive.
+        weak_self = weakref.ref(self)
+        setattr(param.tensor, _OWNER, id(self))
+
         def on_gradient(tensor: Tensor) -> None:
-            if any(lane.launched for lane, _ in places):
-                raise SynchronizationError(
-                    f'a gradient of "{param.name}" arrived after it was reduced; run every backward but the last '
-                    "before step() inside `with optimizer.no_sync():`."
-                )
-            if tensor.grad is not None and tensor.grad.layout != torch.strided:
-                raise ParameterError(
-                    f'the gradient of "{param.name}" is sparse; use dense gradients (sparse=False for embeddings).'
-                )
-            if self._accumulate:
-                self._add_to_buckets(tensor, places)
-            if self._launch_in_backward():
-                for lane, index in places:
-                    lane.ready.add(index)
-                self._launch(all_lanes=False)
+            reducer = weak_self()
+            if reducer is not None and getattr(tensor, _OWNER) == id(reducer):
+                reducer.arrived(param, tensor, places)
 
         return on_gradient
+
+    def arrived(self, param: BoundParam, tensor: Tensor, places: list[tuple[Lane, int]]) -> None:
+        """Take note of a gradient and launch the lanes that it completes.
+
+        Args:
+            param: whose gradient it is.
+            tensor: the parameter's tensor.
+            places: lanes with elements of the parameter, and its index there.
+
+        Raises:
+            SynchronizationError: the parameter was already reduced in this step.
+            ParameterError: the gradient is sparse.
+        """
+        if any(lane.launched for lane, _ in places):
+            raise SynchronizationError(
+                f'a gradient of "{param.name}" arrived after it was reduced; run every backward but the last '
+                "before step() inside `with optimizer.no_sync():`."
+            )
+        if tensor.grad is not None and tensor.grad.layout != torch.strided:
+            raise ParameterError(
+                f'the gradient of "{param.name}" is sparse; use dense gradients (sparse=False for embeddings).'
+            )
+        if self._accumulate:
+            self._add_to_buckets(tensor, places)
+        if self._launch_in_backward():
+            self._begun = True
+            for lane, index in places:
+                lane.ready.add(index)
+            self._launch(all_lanes=False)
 
     def _add_to_buckets(self, tensor: Tensor, places: list[tuple[Lane, int]]) -> None:
         """Move a 16-bit gradient into the wider accumulation buffers and release it."""

@@ -62,7 +62,10 @@ class Trainer:
         self.accumulation = run.accumulation(self.world)
         self.order = SequenceOrder(data.train.size, run.model.context, run.seed)
         self.tokens_per_update = run.batch.sequences * run.model.context
-        self.done = 0
+        self.done = self.first = 0
+        # The recorded learning rate is that of most parameters: the hidden matrices'.
+        sizes = [sum(p.numel() for p in group["params"]) for group in engine.optimizer.param_groups]
+        self.largest_group = sizes.index(max(sizes))
         self.skipped_in_a_row = 0
         self.started = time.perf_counter()
 
@@ -84,6 +87,10 @@ class Trainer:
             stop: when it was received on any rank, all ranks save a checkpoint and return before the end.
         """
         run = self.run
+        if self.done >= run.schedule.updates:
+            log.info("run %s is complete at update %d", run.name, self.done)
+            return
+        self.first = self.done
         self._record_start()
         with Progress(run.schedule.updates, initial=self.done, enabled=self.rank == 0) as progress:
             while self.done < run.schedule.updates:
@@ -111,7 +118,7 @@ class Trainer:
     def _update(self, stop: bool) -> tuple[StepRecord, bool]:
         """One optimizer update; also whether any rank wants to stop."""
         start = time.perf_counter()
-        lr = self.engine.get_lr()[0]
+        lr = self.engine.get_lr()[self.largest_group]
         totals = self._forward_backward(stop)
         self.done += 1
         seconds = time.perf_counter() - start
@@ -238,7 +245,7 @@ class Trainer:
         """Traffic of the optimizer per update."""
         if self.dist_muon is None:
             return []
-        steps = max(1, self.engine.global_steps)
+        steps = self.done - self.first
         return [
             Collective(
                 collective=key.collective,

@@ -1,7 +1,6 @@
-"""Silent failures shipped by other Muon implementations, each as a test of a plain training loop.
+"""Silent failures known from other Muon implementations, each as a numbered test of a plain training loop.
 
-Number 6 of the list (a wrapper flattens all shapes, so nothing is routed to Muon) is left out: it
-concerns ZeRO-3 only and has no counterpart in a plain loop.
+Number 6, all shapes flattened by a ZeRO-3 wrapper so that nothing is routed to Muon, has no counterpart here.
 """
 
 # mypy: disable-error-code=no-untyped-call

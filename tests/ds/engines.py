@@ -4,11 +4,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import logging
 import math
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 
 import distmuon
 from tests.dist.scenario import digest
+from tests.ds import session
 
 VOCAB, WIDTH, HIDDEN, EXPERTS, LENGTH = 50, 16, 32, 4, 8
 LR, ADAMW_LR, WEIGHT_DECAY = 0.02, 0.01, 0.1
@@ -33,25 +31,6 @@ BF16 = {"bf16": {"enabled": True}, "communication_data_type": "fp32", "data_type
 _EXPERT = re.compile(r"deepspeed_experts\.(\d+)\.")
 
 Config = dict[str, Any]
-
-
-@functools.cache
-def start() -> Any:
-    """Import and initialize DeepSpeed, after distmuon and without its C++ extensions; returns the package."""
-    os.environ.update(
-        DS_ACCELERATOR="cpu",
-        TORCHDYNAMO_DISABLE="1",
-        RANK=str(dist.get_rank()),
-        LOCAL_RANK=str(dist.get_rank()),
-        WORLD_SIZE=str(dist.get_world_size()),
-    )
-    assert distmuon.__version__
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", verbose=False)
-    return deepspeed
 
 
 class Net(nn.Module):
@@ -88,7 +67,8 @@ def _experts(ep: int) -> Any:
 
 def network(ep: int | None) -> Net:
     """The model, each weight a function of its global name; ``ep`` None has no experts."""
-    start()
+    assert distmuon.__version__  # registered before DeepSpeed is imported
+    session.deepspeed()
     model = Net(ep)
     with torch.no_grad():
         for name, parameter in named(model, ep).items():
@@ -129,11 +109,10 @@ def config(**changes: Any) -> Config:
 
 def build(settings: Any, ep: int | None = 1, **arguments: Any) -> Any:
     """An engine over a fresh model; ``engine.named`` holds its parameters by global name."""
-    deepspeed = start()
     model = arguments.pop("model", None) or network(ep)
     make_groups: Callable[[nn.Module], Any] | None = arguments.pop("groups", None)
     given = list(model.parameters()) if make_groups is None else make_groups(model)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=given, config=settings, **arguments)
+    engine, *_ = session.deepspeed().initialize(model=model, model_parameters=given, config=settings, **arguments)
     engine.named = named(engine.module, ep)
     return engine
 
@@ -184,13 +163,4 @@ def shard_parts(engine: Any, key: str) -> list[tuple[str, int, Tensor]]:
             values = bucket.state()[key][piece.offset : piece.offset + piece.length]
             parts.append((names[id(bucket.params[piece.param].tensor)], piece.start, values))
     return parts
-
-
-def attempt(fn: Callable[[], Any]) -> tuple[list[str], str] | None:
-    """Classes and text of the error that ``fn`` raises, None if it raises none."""
-    try:
-        fn()
-    except Exception as error:
-        return [cls.__name__ for cls in type(error).__mro__], str(error)
-    return None
 

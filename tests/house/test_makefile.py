@@ -167,12 +167,12 @@ def test_a_missing_gcc_is_named(checkout: Checkout) -> None:
 def test_train_runs_both_optimizers_and_compares_them(checkout: Checkout) -> None:
     assert checkout.run("make", "train").returncode == 0
     assert checkout.log()[-3:] == [
-        "local.sh train configs/runs/moe_mini.toml",
-        "local.sh train configs/runs/moe_mini_adamw.toml",
+        "local.sh train configs/runs/moe_mini.toml --resume auto",
+        "local.sh train configs/runs/moe_mini_adamw.toml --resume auto",
         "-m distmuon report runs/moe_mini-distmuon runs/moe_mini-adamw",
     ]
     assert checkout.run("make", "train", fail="moe_mini.toml").returncode != 0
-    assert checkout.log() == ["local.sh train configs/runs/moe_mini.toml"]
+    assert checkout.log() == ["local.sh train configs/runs/moe_mini.toml --resume auto"]
 
 
 CHECKS = [

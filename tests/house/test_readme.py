@@ -1,0 +1,49 @@
+"""The README's code runs and its figures are the measured ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import comm
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_training_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    loop = max(blocks("python"), key=len)
+    exec(compile(loop, "README.md", "exec"), {})  # noqa: S102
+    assert "hidden matrix" in capsys.readouterr().out
+
+
+def test_json_is_a_distmuon_configuration() -> None:
+    from distmuon.config import ShardSettings, parse
+
+    (text,) = blocks("json")
+    optimizer = json.loads(text)["optimizer"]
+    assert optimizer["type"] == "DistMuon"
+    parse(ShardSettings, optimizer["params"], "README")
+
+
+def test_bytes_are_the_measured_ones() -> None:
+    rows = json.loads(comm.RESULTS.read_text())["rows"]
+    assert comm.with_table(README, rows) == README
+
+
+def test_measured_bytes_of_balanced_equal_adamw() -> None:
+    rows = json.loads(comm.RESULTS.read_text())["rows"]
+    for row in rows:
+        assert row["name"] != "DistMuon balanced" or abs(row["ratio"] - 1.0) < 1e-4
+
+
+def test_pictures_exist() -> None:
+    for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
+        assert (ROOT / path).stat().st_size > 1000
