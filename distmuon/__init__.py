@@ -14,6 +14,7 @@ from wrapt import register_post_import_hook
 if TYPE_CHECKING:
     from distmuon.config import NewtonSchulz
     from distmuon.dist_muon import DistMuon
+    from distmuon.grad_scaler import GradScaler
     from distmuon.muon import Muon
     from distmuon.newton_schulz import orthogonalize
     from distmuon.routing import param_groups, routes
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DistMuon": "distmuon.dist_muon",
+    "GradScaler": "distmuon.grad_scaler",
     "Muon": "distmuon.muon",
     "NewtonSchulz": "distmuon.config",
     "orthogonalize": "distmuon.newton_schulz",
@@ -29,7 +31,7 @@ _HOMES = {
     "routes": "distmuon.routing",
 }
 
-__all__ = ["DistMuon", "Muon", "NewtonSchulz", "__version__", "orthogonalize", "param_groups", "routes"]
+__all__ = ["DistMuon", "GradScaler", "Muon", "NewtonSchulz", "__version__", "orthogonalize", "param_groups", "routes"]
 
 
 def __getattr__(name: str) -> Any:

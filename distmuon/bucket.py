@@ -123,6 +123,11 @@ class Bucket:
         for piece, part in self._places[index]:
             full[part].add_(flat[piece.start : piece.end])
 
+    def grad_versions(self) -> dict[int, int]:
+        """Version counter of each gradient there is; it changes when the gradient is written to."""
+        grads = {index: self.params[index].tensor.grad for index in self.plan.params}
+        return {index: grad._version for index, grad in grads.items() if grad is not None}
+
     def pack_shard(self) -> Tensor:
         """Copy this rank's elements of the parameters into a new shard of the parameters' dtype."""
         shard = torch.zeros(self.plan.shard_numel, dtype=self.dtype, device=self.device)

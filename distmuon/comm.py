@@ -86,8 +86,11 @@ class Group:
         self.size: int = dist.get_world_size(process_group) if _initialized() else 1
         self.rank: int = dist.get_rank(process_group) if _initialized() else 0
         self.ranks: tuple[int, ...] = (0,)
+        self.device = torch.device("cpu")
         if _initialized():
             self.ranks = tuple(dist.get_process_group_ranks(process_group))
+            if dist.get_backend(process_group) == "nccl":
+                self.device = torch.device("cuda", torch.cuda.current_device())
 
     def reduce_scatter(self, full: Tensor) -> Pending:
         """Sum a [d * n] tensor over the ranks and keep the own n elements; asynchronous."""
@@ -126,12 +129,12 @@ class Group:
             self.traffic.add("all_reduce", self.size, values, 2 * _bytes(values) * (self.size - 1) // self.size)
         return values
 
-    def all_gather_text(self, text: str, device: torch.device) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """Collect one text per rank; texts may differ in length."""
         if self.size == 1:
             return [text]
-        data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-        length = torch.tensor([data.numel()], device=device)
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor([data.numel()], device=self.device)
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
         dist.all_gather(lengths, length, group=self.process_group)
         longest = max(int(value) for value in lengths)

@@ -142,7 +142,7 @@ def make_settings(**values: Any) -> ShardSettings:
     """Check DistMuon's arguments.
 
     Args:
-        values: fields of ``ShardSettings``; dtypes may be torch dtypes.
+        values: fields of ``ShardSettings``; dtypes may be torch dtypes and lr a tensor.
 
     Returns:
         The settings.
@@ -150,7 +150,12 @@ def make_settings(**values: Any) -> ShardSettings:
     Raises:
         ConfigError: names the first illegal one.
     """
-    plain = {key: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for key, v in values.items()}
+    plain = dict(values)
+    for key, value in values.items():
+        if isinstance(value, torch.dtype):
+            plain[key] = str(value).removeprefix("torch.")
+        elif isinstance(value, torch.Tensor):
+            plain[key] = value.item()
     return parse(ShardSettings, plain, "DistMuon")
 
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from distmuon import domains, guard, phases, sharded_state
 from distmuon.adamw import choose_adamw
 from distmuon.bucket import BoundParam
+from distmuon.clipping import Verdict, clip_coefficient
 from distmuon.clock import PhaseClock
 from distmuon.comm import Group, Traffic, own_process_group
-from distmuon.config import NewtonSchulz, make_settings
+from distmuon.config import NewtonSchulz, ShardSettings, make_settings
 from distmuon.errors import ConfigError
-from distmuon.groups import Params, bind, check_frozen, check_group, complete_group, to_groups
+from distmuon.groups import Params, bind, check_frozen, check_group, complete_group, describe_group, to_groups
 from distmuon.plan import Plan, Policy
 from distmuon.reducer import Reducer
 
@@ -63,10 +64,8 @@ class DistMuon(torch.optim.Optimizer):
     Source: Moonlight (arXiv 2502.16982), algorithm 1; K. Jordan et al., "Muon", 2024.
     """
 
-    # torch.amp.GradScaler then leaves p.grad alone and hands its scale to step().
+    # torch.amp.GradScaler then leaves p.grad alone and, for the length of a step, sets grad_scale and found_inf.
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -90,56 +89,44 @@ class DistMuon(torch.optim.Optimizer):
         grad_accum_dtype: torch.dtype | None = None,
         expert_groups: Mapping[str, dist.ProcessGroup] | None = None,
     ) -> None:
-        self.settings = make_settings(
-            lr=lr.item() if isinstance(lr, Tensor) else lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            nesterov=nesterov,
-            adamw_lr=adamw_lr,
-            adamw_betas=adamw_betas,
-            adamw_eps=adamw_eps,
-            adamw_weight_decay=adamw_weight_decay,
-            policy=policy,
-            reduce_dtype=reduce_dtype,
-            bucket_mb=bucket_mb,
-            max_grad_norm=max_grad_norm,
-            ns=ns or NewtonSchulz(),
-            adamw_backend=adamw_backend,
-            grad_accum_dtype=grad_accum_dtype,
-        )
+        arguments = locals()
         self.traffic = Traffic()
         self.clock = PhaseClock()
         self.plans: list[Plan] = []
         self.skipped_steps = 0
-        self._main = Group(own_process_group(process_group), self.traffic)
-        self._experts = {name: Group(pg, self.traffic) for name, pg in (expert_groups or {}).items()}
         self._synchronize = True
-        self._verdict: tuple[guard.Verdict, float] | None = None
+        self._verdict: tuple[Verdict, float] | None = None
         self._clip_to: float | None = None
         self._bound: list[BoundParam] = []
         self._frozen: list[BoundParam] = []
-        self._reducer = Reducer(reduce_dtype, self.reduces_in_backward, grad_accum_dtype is not None)
-        self._planned = False
-        super().__init__(to_groups(params), {})
-        self._plan(0)
-        self._planned = True
+        self._main = Group(own_process_group(process_group), self.traffic)
+        self._experts = {name: Group(pg, self.traffic) for name, pg in (expert_groups or {}).items()}
+        with guard.shared_failure(self._main):
+            values = {field: arguments[field] for field in ShardSettings.model_fields}
+            self.settings = make_settings(**{**values, "ns": ns or NewtonSchulz()})
+            self._reducer = Reducer(reduce_dtype, self.reduces_in_backward, grad_accum_dtype is not None)
+            super().__init__(to_groups(params), {})
+            trained, frozen = bind(self.param_groups, 0)
+            if not trained:
+                raise ConfigError("every parameter is frozen; at least one must require a gradient.")
+            self._adamw = choose_adamw(self.settings.adamw_backend, trained[0].tensor.device)
+        self._place(trained, frozen)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters as the constructor takes them; every rank must add the same ones."""
-        for group in to_groups([param_group]):
-            complete_group(group, self.settings)
-            if group.get("expert_group", "") not in {"", *self._experts}:
-                raise ConfigError(
-                    f'param group "expert_group" = {group["expert_group"]!r} is not legal: '
-                    f"expert_groups has {sorted(self._experts)}."
-                )
-            super().add_param_group(group)
-            if self._planned:
-                try:
-                    self._plan(len(self.param_groups) - 1)
-                except ValueError:
-                    self.param_groups.pop()
-                    raise
+        constructing = not self.plans
+        before = len(self.param_groups)
+        try:
+            with contextlib.nullcontext() if constructing else guard.shared_failure(self._main):
+                for group in to_groups([param_group]):
+                    complete_group(group, self.settings, set(self._experts))
+                    super().add_param_group(group)
+                trained, frozen = ([], []) if constructing else bind(self.param_groups[before:], before, self._bound)
+            if not constructing:
+                self._place(trained, frozen)
+        except ValueError:
+            del self.param_groups[before:]
+            raise
 
     def reduces_in_backward(self) -> bool:
         """Whether a backward pass started now is the one whose gradients are reduced."""
@@ -187,6 +174,14 @@ class DistMuon(torch.optim.Optimizer):
         self._clip_to = max_norm
         return self._agree(loss_scale).norm
 
+    def share_overflow(self, found_inf: Tensor) -> None:
+        """Make an overflow on one rank known to all, for ``distmuon.GradScaler``.
+
+        Args:
+            found_inf: one-element float tensor, above 0 on ranks that found an overflow; updated in place.
+        """
+        found_inf.copy_(self._main.all_reduce_sum(found_inf.clone()).clamp_(max=1))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters; every rank must call it.
@@ -207,13 +202,13 @@ class DistMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_frozen(self._bound, self._frozen)
-        settings = [check_group(group) for group in self.param_groups]
-        loss_scale = guard.loss_scale(self.grad_scale, self.found_inf)
-        verdict = self._agree(loss_scale)
+        error, loss_scale, settings = self._check_step()
+        verdict = self._agree(loss_scale, error)
+        if error:
+            raise error
         if verdict.finite:
             limit = self.settings.max_grad_norm if self._clip_to is None else self._clip_to
-            self._update(settings, guard.clip_coefficient(verdict.norm, limit) / loss_scale)
+            self._update(settings, clip_coefficient(verdict.norm, limit) / loss_scale)
         else:
             self.skipped_steps += 1
             log.warning("gradients are not finite: all ranks skip this step (%d so far)", self.skipped_steps)
@@ -246,16 +241,12 @@ class DistMuon(torch.optim.Optimizer):
         sharded_state.load(state_dict, self._reducer.lanes)
         self._forget_gradients()
 
-    def _plan(self, first: int) -> None:
-        """Place the parameters of the groups from ``first`` on."""
-        trained, frozen = bind(self.param_groups[first:], first)
-        if not trained and not self._bound:
-            raise ConfigError("every parameter is frozen; at least one must require a gradient.")
+    def _place(self, trained: list[BoundParam], frozen: list[BoundParam]) -> None:
+        """Agree with the other ranks on parameters, plan them, and start to watch for their gradients."""
         plans, lanes = domains.build(trained, self.param_groups, self._main, self._experts, self.settings)
         self._bound, self._frozen = self._bound + trained, self._frozen + frozen
         self.plans += plans
         self._reducer.add(lanes)
-        self._adamw = choose_adamw(self.settings.adamw_backend, self._bound[0].tensor.device)
 
     def _update(self, settings: phases.Settings, coefficient: float) -> None:
         """Phases 3 to 7 for every bucket; the all-gather of one runs while the next is computed."""
@@ -279,15 +270,27 @@ class DistMuon(torch.optim.Optimizer):
             for bucket, pending in gathers:
                 bucket.unpack(pending.wait())
 
-    def _agree(self, loss_scale: float) -> guard.Verdict:
+    def _check_step(self) -> tuple[ValueError | None, float, phases.Settings]:
+        """Check all that a step depends on; an error is returned, to be raised once the other ranks know of it."""
+        try:
+            check_frozen(self._bound, self._frozen)
+            found_inf = getattr(self, "found_inf", None)
+            if found_inf is None:
+                self._reducer.check_untouched()
+            loss_scale = guard.loss_scale(getattr(self, "grad_scale", None), found_inf)
+            return None, loss_scale, [check_group(group) for group in self.param_groups]
+        except ValueError as error:
+            return error, 1.0, []
+
+    def _agree(self, loss_scale: float, error: ValueError | None = None) -> Verdict:
         """Phases 1 and 2, once per step: reduced gradients, their global norm, one decision for all ranks."""
         if self._verdict is None:
             self.reduce_gradients()
             with self.clock("guard"):
                 total = self._reducer.sum_of_squares() / loss_scale**2
-                entries = [(f"param group {i}", str(check_group(g))) for i, g in enumerate(self.param_groups)]
-                entries.append(("loss scale", repr(loss_scale)))
-                self._verdict = guard.vote(self._main, total, entries), loss_scale
+                entries = [(f"param group {i}", describe_group(g)) for i, g in enumerate(self.param_groups)]
+                entries.append(("a loss scale (distmuon.GradScaler keeps it equal) of", repr(loss_scale)))
+                self._verdict = guard.vote(self._main, total, [guard.failure(error)] if error else entries), loss_scale
         guard.check_loss_scale(self._verdict[1], loss_scale)
         return self._verdict[0]
 

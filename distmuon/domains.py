@@ -42,9 +42,10 @@ def build(
     by_group: dict[str, list[BoundParam]] = {}
     for param in params:
         by_group.setdefault(groups[param.group].get("expert_group", ""), []).append(param)
+    # The main group first and always: it is where a rank that failed in its own checks says so.
+    check_agreement(main, describe(by_group.pop("", []), groups, main, settings))
     for name, members in sorted(by_group.items()):
-        group = experts[name] if name else main
-        check_agreement(group, describe(members, groups, group, settings), members[0].tensor.device)
+        check_agreement(experts[name], describe(members, groups, experts[name], settings))
     position = {id(param.tensor): number for number, param in enumerate(params)}
     plans: list[Plan] = []
     placed: list[tuple[int, Lane]] = []

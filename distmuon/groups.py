@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -42,16 +42,21 @@ def to_groups(params: Params) -> list[dict[str, Any]]:
         return _by_shape({"params": items})
     groups: list[dict[str, Any]] = []
     for item in items:
+        if not isinstance(item, Mapping) or "params" not in item:
+            raise ParameterError(
+                f'params mixes groups with {type(item).__name__}; every group is a dict with "params".'
+            )
         groups += [dict(item)] if "kind" in item else _by_shape(dict(item))
     return groups
 
 
-def complete_group(group: dict[str, Any], settings: MuonSettings) -> None:
+def complete_group(group: dict[str, Any], settings: MuonSettings, experts: Set[str] = frozenset()) -> None:
     """Fill a group's missing settings and check them all, in place.
 
     Args:
         group: a param group with "kind".
         settings: the optimizer's settings.
+        experts: names that the group's "expert_group" may have.
 
     Raises:
         ConfigError: a setting is out of range; the group is unchanged then.
@@ -59,6 +64,10 @@ def complete_group(group: dict[str, Any], settings: MuonSettings) -> None:
     kind = group.get("kind")
     if kind not in ("muon", "adamw"):
         raise ConfigError(f'param group "kind" = {kind!r} is not legal: use "muon" or "adamw".')
+    if group.get("expert_group", "") not in {"", *experts}:
+        raise ConfigError(
+            f'param group "expert_group" = {group["expert_group"]!r} is not legal: expert_groups has {sorted(experts)}.'
+        )
     full = {**settings.group_defaults(kind), **group}
     check_group(full)
     group.update(full)
@@ -82,12 +91,28 @@ def check_group(group: Mapping[str, Any]) -> GroupSettings:
     return parse(GroupSettings, plain, "param group")
 
 
-def bind(groups: list[dict[str, Any]], first: int) -> tuple[list[BoundParam], list[BoundParam]]:
+def describe_group(group: Mapping[str, Any]) -> str:
+    """Write a group's settings down for comparison between ranks; they need not be legal.
+
+    Args:
+        group: a complete param group.
+
+    Returns:
+        Its settings as text.
+    """
+    values = {key: group[key] for key in GroupSettings.model_fields}
+    return repr({key: value.item() if isinstance(value, Tensor) else value for key, value in values.items()})
+
+
+def bind(
+    groups: list[dict[str, Any]], first: int, others: Sequence[BoundParam] = ()
+) -> tuple[list[BoundParam], list[BoundParam]]:
     """Check the parameters of groups and list them in the order of the forward pass.
 
     Args:
         groups: complete param groups.
         first: index of groups[0] among the optimizer's groups.
+        others: parameters that the optimizer has already.
 
     Returns:
         Parameters to optimize, sorted by the groups' "positions" where given, and frozen parameters.
@@ -107,7 +132,7 @@ def bind(groups: list[dict[str, Any]], first: int) -> tuple[list[BoundParam], li
     trained = [param for param in params if param.tensor.requires_grad]
     for param in trained:
         _check(param)
-    _check_storage(trained)
+    _check_storage([*others, *trained])
     return trained, [param for param in params if not param.tensor.requires_grad]
 
 

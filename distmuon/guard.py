@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from distmuon.clipping import Verdict, judge
 from distmuon.comm import Group
 from distmuon.errors import RankMismatchError, SynchronizationError
 
@@ -20,32 +20,53 @@ _FINGERPRINTS = 2**20
 Entries = Sequence[tuple[str, str]]
 
 
-class Verdict(NamedTuple):
-    """What the ranks know of the reduced gradients after the vote."""
-
-    norm: float
-    finite: bool
-
-
-def check_agreement(group: Group, entries: Entries, device: torch.device) -> None:
+def check_agreement(group: Group, entries: Entries) -> None:
     """Compare a description of this rank with every other rank's.
 
     Args:
         group: the ranks that must agree.
         entries: (what, value) pairs; the first pair that differs is named.
-        device: where the tensors of the comparison live.
 
     Raises:
         RankMismatchError: on every rank, naming the first difference.
     """
     text = json.dumps(list(entries))
     digest = hashlib.sha256(text.encode()).hexdigest()
-    if len(set(group.all_gather_text(digest, device))) == 1:
+    if len(set(group.all_gather_text(digest))) == 1:
         return
-    described = [json.loads(other) for other in group.all_gather_text(text, device)]
+    described = [json.loads(other) for other in group.all_gather_text(text)]
     for rank, other in enumerate(described):
         if other != described[0]:
             raise RankMismatchError(_first_difference(described[0], rank, other))
+
+
+@contextlib.contextmanager
+def shared_failure(group: Group) -> Iterator[None]:
+    """Let an error of this rank's own checks reach the ranks that wait for it in their next ``check_agreement``.
+
+    Args:
+        group: the ranks that go through the same block and then agree.
+
+    Raises:
+        RankMismatchError: only some ranks failed, or with different errors; raised on every rank.
+    """
+    try:
+        yield
+    except ValueError as error:
+        check_agreement(group, [failure(error)])
+        raise
+
+
+def failure(error: ValueError) -> tuple[str, str]:
+    """Describe an error of one rank as an entry that other ranks do not have.
+
+    Args:
+        error: what was raised there.
+
+    Returns:
+        A (what, value) pair.
+    """
+    return f"{type(error).__name__}:", str(error)
 
 
 def vote(group: Group, sum_of_squares: Tensor, entries: Entries) -> Verdict:
@@ -71,25 +92,8 @@ def vote(group: Group, sum_of_squares: Tensor, entries: Entries) -> Verdict:
     total, linear, quadratic = group.all_reduce_sum(values).tolist()
     # Cauchy-Schwarz: equality holds only if every rank sent the same fingerprint. Integers, so that it is exact.
     if group.size * int(quadratic) != int(linear) ** 2:
-        check_agreement(group, entries, sum_of_squares.device)
-    if not math.isfinite(total):
-        return Verdict(math.inf, False)
-    norm = math.sqrt(total)
-    rounded = torch.tensor(norm, dtype=torch.float32).item()
-    return Verdict(rounded if math.isfinite(rounded) else norm, True)
-
-
-def clip_coefficient(norm: float, limit: float | None) -> float:
-    """Factor that clips gradients of a norm.
-
-    Args:
-        norm: global norm of the gradients.
-        limit: largest norm; None does not clip.
-
-    Returns:
-        min(1, limit / (norm + 1e-6)), with the 1e-6 of torch.nn.utils.clip_grad_norm_.
-    """
-    return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+        check_agreement(group, entries)
+    return judge(total)
 
 
 def loss_scale(grad_scale: Tensor | None, found_inf: Tensor | None) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distmuon.clipping import clip_coefficient, judge
 from distmuon.config import GroupSettings, MuonSettings, NewtonSchulz, parse
 from distmuon.groups import Params, bind, check_group, complete_group, to_groups
 from distmuon.newton_schulz import DTYPES, orthogonalize
@@ -80,7 +81,11 @@ class Muon(torch.optim.Optimizer):
         for group in to_groups([param_group]):
             complete_group(group, self.settings)
             super().add_param_group(group)
-            bind(self.param_groups[-1:], len(self.param_groups) - 1)
+            try:
+                bind(self.param_groups, 0)
+            except ValueError:
+                self.param_groups.pop()
+                raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -101,13 +106,11 @@ class Muon(torch.optim.Optimizer):
             [p.new_zeros(p.shape, dtype=torch.float32) if p.grad is None else p.grad.float() for p in group["params"]]
             for group in self.param_groups
         ]
-        squares = sum(float(grad.double().square().sum()) for group in grads for grad in group)
-        norm = torch.tensor(squares**0.5, dtype=torch.float32).item()
-        if not torch.tensor(squares).isfinite():
+        verdict = judge(sum(float(grad.double().square().sum()) for group in grads for grad in group))
+        if not verdict.finite:
             self.skipped_steps += 1
             return loss
-        limit = self.settings.max_grad_norm
-        coefficient = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+        coefficient = clip_coefficient(verdict.norm, self.settings.max_grad_norm)
         for group, of_group, hyper in zip(self.param_groups, grads, settings, strict=True):
             for parameter, grad in zip(group["params"], of_group, strict=True):
                 if parameter.requires_grad:

@@ -34,6 +34,8 @@ def orthogonalize(x: Tensor, ns: NewtonSchulz | None = None) -> Tensor:
         raise ParameterError(
             f"orthogonalize got a {x.ndim}-D {x.dtype} tensor; it takes floating-point [..., M, N] matrices."
         )
+    if x.numel() == 0:
+        return x.to(DTYPES[ns.dtype], copy=True)
     x_BMN = normalize(x.reshape(-1, *x.shape[-2:])).to(DTYPES[ns.dtype])
     tall = x.shape[-2] > x.shape[-1]
     o_BMN = reference.newton_schulz(x_BMN.mT if tall else x_BMN, coefficients(ns))
@@ -44,16 +46,14 @@ def normalize(x_BMN: Tensor) -> Tensor:
     """Divide each matrix by its Frobenius norm, in float32 and without overflow or underflow.
 
     Args:
-        x_BMN: [B, M, N], any floating dtype. Not written to.
+        x_BMN: [B, M, N], any floating dtype, not empty. Not written to.
 
     Returns:
         [B, M, N] float32 with norm 1; a zero matrix stays zero.
     """
-    x_BMN = x_BMN.float()
-    if x_BMN.numel() == 0:
-        return x_BMN
+    x_BMN = x_BMN if x_BMN.dtype == torch.float64 else x_BMN.float()
     largest_B11 = x_BMN.abs().amax(dim=(-2, -1), keepdim=True)
-    x_BMN = x_BMN / torch.where(largest_B11 == 0, 1.0, largest_B11)
+    x_BMN = (x_BMN / torch.where(largest_B11 == 0, 1.0, largest_B11)).float()
     # float64, so that the sum's order, which depends on the batch, cannot reach the float32 result.
     norm_B11 = x_BMN.double().square().sum(dim=(-2, -1), keepdim=True).sqrt().float()
     return x_BMN / torch.where(norm_B11 == 0, 1.0, norm_B11)

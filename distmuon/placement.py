@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 
 class Run(NamedTuple):
@@ -29,11 +29,24 @@ class Piece(NamedTuple):
         return self.start + self.length
 
 
+class Dealt(NamedTuple):
+    """Whole matrices by rank, what is left to fill the gaps with, and the cost that each rank has then."""
+
+    whole: list[list[Run]]
+    rest: list[Run]
+    loads: list[int]
+
+    @property
+    def level(self) -> bool:
+        """Whether every matrix stayed whole in shards of equal length."""
+        return not any(run.cost for run in self.rest)
+
+
 # Per rank the pieces of its shard, and the length of every shard.
 Shards = tuple[list[list[Piece]], int]
 
 
-def place_flat(params: Iterable[list[Run]], world: int, bucket_numel: int) -> Iterator[Shards]:
+def place_flat(params: Iterable[list[Run]], world: int, bucket_numel: int) -> list[Shards]:
     """Cut buckets of consecutive parameters into equal contiguous shards, as ZeRO-1 does.
 
     Args:
@@ -41,38 +54,49 @@ def place_flat(params: Iterable[list[Run]], world: int, bucket_numel: int) -> It
         world: number of ranks.
         bucket_numel: elements after which a bucket is closed.
 
-    Yields:
+    Returns:
         Pieces per rank and shard length, one pair a bucket.
     """
-    for runs in _batches(params, bucket_numel):
-        yield _pour([[] for _ in range(world)], runs, _shard_numel(runs, world))
+    return [
+        _pour([[] for _ in range(world)], runs, _shard_numel(runs, world)) for runs in _batches(params, bucket_numel)
+    ]
 
 
-def place_balanced(params: Iterable[list[Run]], world: int, bucket_numel: int) -> Iterator[Shards]:
+def place_balanced(params: Iterable[list[Run]], world: int, bucket_numel: int) -> list[Shards]:
     """Keep matrices whole, spread their cost over the ranks, level the shards with elementwise runs.
 
     Longest processing time first under a cap of the shard length, with the load carried from bucket to bucket. A bucket
-    that cannot be levelled takes further parameters; in the last one, matrices that fit nowhere are cut.
+    that cannot be levelled takes further parameters; if none are left, it is merged with the buckets before it. Only if
+    not even one bucket of everything can be levelled are matrices cut, those that fit nowhere.
 
     Args:
         params: runs of each parameter, in the order in which gradients arrive.
         world: number of ranks.
         bucket_numel: elements after which a bucket is closed.
 
-    Yields:
+    Returns:
         Pieces per rank and shard length, one pair a bucket.
     """
+    closed: list[tuple[list[Run], list[int]]] = []
+    placed: list[Shards] = []
     loads = [0] * world
     pending: list[Run] = []
     for runs in _batches(params, bucket_numel):
         pending += runs
-        placed, rest, new_loads = _longest_first(pending, loads)
-        if not any(run.cost for run in rest):
-            yield _pour(placed, rest, _shard_numel(pending, world))
-            loads, pending = new_loads, []
-    if pending:
-        placed, rest, _ = _longest_first(pending, loads)
-        yield _pour(placed, rest, _shard_numel(pending, world))
+        dealt = _deal(pending, loads)
+        if dealt.level:
+            closed.append((pending, loads))
+            placed.append(_pour(dealt.whole, dealt.rest, _shard_numel(pending, world)))
+            loads, pending = dealt.loads, []
+    while pending:
+        dealt = _deal(pending, loads)
+        if dealt.level or not closed:
+            placed.append(_pour(dealt.whole, dealt.rest, _shard_numel(pending, world)))
+            break
+        earlier, loads = closed.pop()
+        placed.pop()
+        pending = earlier + pending
+    return placed
 
 
 def _batches(params: Iterable[list[Run]], bucket_numel: int) -> Iterator[list[Run]]:
@@ -90,22 +114,45 @@ def _shard_numel(runs: list[Run], world: int) -> int:
     return -(-sum(run.length for run in runs) // world)
 
 
-def _longest_first(runs: list[Run], loads: list[int]) -> tuple[list[list[Run]], list[Run], list[int]]:
-    """Give each matrix to the least loaded rank with room; return whole runs per rank, the rest, and the new loads."""
+def _deal(runs: list[Run], loads: list[int]) -> Dealt:
+    """Deal whole matrices to the ranks by cost; if one fits nowhere, try again by length, which packs tighter."""
+    by_cost = _longest_first(runs, loads)
+    if by_cost.level:
+        return by_cost
+    by_length = _best_fit(runs, loads)
+    return by_length if by_length.level else by_cost
+
+
+def _longest_first(runs: list[Run], loads: list[int]) -> Dealt:
+    """Costly matrices first, each to the least loaded rank with room in its shard."""
+    matrices = sorted((run for run in runs if run.cost), key=lambda run: -run.cost)
+    return _place(matrices, runs, loads, lambda rank, used, load: (load[rank], used[rank]))
+
+
+def _best_fit(runs: list[Run], loads: list[int]) -> Dealt:
+    """Long matrices first, each to the rank whose shard it fills best."""
+    matrices = sorted((run for run in runs if run.cost), key=lambda run: -run.length)
+    return _place(matrices, runs, loads, lambda rank, used, load: (-used[rank], load[rank]))
+
+
+def _place(
+    matrices: list[Run], runs: list[Run], loads: list[int], preference: Callable[[int, list[int], list[int]], Any]
+) -> Dealt:
+    """Give each matrix to the rank with room in its shard that is preferred most (least value)."""
     world, cap = len(loads), _shard_numel(runs, len(loads))
     loads, used = list(loads), [0] * world
-    placed: list[list[Run]] = [[] for _ in range(world)]
+    whole: list[list[Run]] = [[] for _ in range(world)]
     rest = [run for run in runs if not run.cost]
-    for run in sorted((run for run in runs if run.cost), key=lambda run: -run.cost):
+    for run in matrices:
         roomy = [rank for rank in range(world) if used[rank] + run.length <= cap]
         if not roomy:
             rest.insert(0, run)
             continue
-        rank = min(roomy, key=lambda rank: (loads[rank], used[rank]))
-        placed[rank].append(run)
+        rank = min(roomy, key=lambda rank: preference(rank, used, loads))
+        whole[rank].append(run)
         used[rank] += run.length
         loads[rank] += run.cost
-    return placed, rest, loads
+    return Dealt(whole, rest, loads)
 
 
 def _pour(placed: list[list[Run]], stream: list[Run], shard_numel: int) -> Shards:

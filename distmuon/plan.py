@@ -184,8 +184,8 @@ def make_plan(params: Sequence[ParamSpec], world: int, policy: Policy, bucket_nu
         bucket_numel: elements after which a bucket is closed.
 
     Returns:
-        The plan. Padding is less than d elements per bucket. ``balanced`` cuts a matrix only in the last bucket and
-        only if equal shards cannot be had otherwise.
+        The plan. Padding is less than d elements per bucket. ``balanced`` cuts a matrix only if equal shards cannot be
+        had otherwise, even with everything in one bucket.
 
     Raises:
         ConfigError: unknown policy, or no ranks.

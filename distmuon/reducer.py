@@ -27,6 +27,7 @@ class Lane:
     accumulated: Tensor | None = None
     pending: Pending | None = None
     mean: Tensor | None = None
+    versions: dict[int, int] = field(default_factory=dict)
 
     @property
     def launched(self) -> bool:
@@ -77,6 +78,21 @@ class Reducer:
                 total = lane.pending.wait().float()
                 lane.mean, lane.pending = total.div_(lane.divisor) if lane.divisor > 1 else total, None
 
+    def check_untouched(self) -> None:
+        """Make sure that no gradient was written to since it was reduced: the update would not know.
+
+        Raises:
+            SynchronizationError: names a parameter whose gradient was.
+        """
+        for lane in self.lanes:
+            for index, version in lane.versions.items():
+                param = lane.bucket.params[index]
+                if param.tensor.grad is not None and param.tensor.grad._version != version:
+                    raise SynchronizationError(
+                        f'the gradient of "{param.name}" was changed after it was reduced, which would be lost; '
+                        "clip with optimizer.clip_grad_norm_(max_norm) or max_grad_norm, not with torch.nn.utils."
+                    )
+
     def sum_of_squares(self) -> Tensor:
         """Sum of the squared mean gradients of this rank's shards, a float64 scalar."""
         squares = [lane.mean.double().square().sum() for lane in self.lanes if lane.mean is not None]
@@ -92,6 +108,7 @@ class Reducer:
                 lane.pending.wait()
             lane.pending = lane.mean = lane.accumulated = None
             lane.ready.clear()
+            lane.versions.clear()
         self._next = 0
         self._begun = False
 
@@ -122,7 +139,7 @@ class Reducer:
         if any(lane.launched for lane, _ in places):
             raise SynchronizationError(
                 f'a gradient of "{param.name}" arrived after it was reduced; run every backward but the last '
-                "before step() inside `with optimizer.no_sync():`."
+                "before step() inside `with optimizer.no_sync():`, or give the gradients up with optimizer.zero_grad()."
             )
         if tensor.grad is not None and tensor.grad.layout != torch.strided:
             raise ParameterError(
@@ -155,4 +172,5 @@ class Reducer:
                 full = lane.bucket.pack_grads(self._reduce_dtype)
             lane.pending = lane.group.reduce_scatter(full.to(self._reduce_dtype))
             lane.accumulated = None
+            lane.versions = lane.bucket.grad_versions()
             self._next += 1

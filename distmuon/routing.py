@@ -100,7 +100,7 @@ def routes(
     names = [name for name, _ in model.named_parameters()]
     for pattern in overrides or {}:
         if not fnmatch.filter(names, pattern):
-            raise ConfigError(f'overrides["{pattern}"] matches no parameter; names look like "{names[0]}".')
+            raise ConfigError(f'overrides["{pattern}"] matches no parameter; names look like "{"".join(names[:1])}".')
     heads = _heads(model, head)
     owners: dict[int, list[nn.Module]] = {}
     routers: set[int] = set()
@@ -147,7 +147,12 @@ def _heads(model: nn.Module, head: nn.Module | None) -> set[int]:
     found = head or (getter() if callable(getter) else None)
     if found is not None:
         return {id(parameter) for parameter in cast(nn.Module, found).parameters()}
-    tables = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    sizes, widths = {table.num_embeddings for table in tables}, {table.embedding_dim for table in tables}
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    # Only the last linear layer: a hidden one may well be as wide as a table of positions is long.
-    return {id(linear.weight) for linear in linears[-1:] if linear.out_features in tables}
+    # Only the last linear layer, and not one back to the model's width that happens to be the number of positions.
+    return {
+        id(linear.weight)
+        for linear in linears[-1:]
+        if linear.out_features in sizes and (linear.out_features not in widths or linear.out_features == max(sizes))
+    }

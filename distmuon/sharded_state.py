@@ -70,8 +70,10 @@ def check(
     for settings in saved:
         check_group(settings)
     for index, lane in enumerate(lanes):
+        if not isinstance(state_dict["state"].get(index, {}).get("updates"), int):
+            raise StateError(f'state "updates" of bucket {index} is missing; the state dict is not complete.')
         for key, tensor in lane.bucket.state().items():
-            found = state_dict["state"].get(index, {}).get(key)
+            found = state_dict["state"][index].get(key)
             if found is None or found.shape != tensor.shape:
                 shape = None if found is None else tuple(found.shape)
                 raise StateError(f'state "{key}" of bucket {index} is {shape}; {tuple(tensor.shape)} is needed.')

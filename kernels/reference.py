@@ -26,9 +26,23 @@ def quintic_step(x_BMN: Tensor, coefficients: Quintic) -> Tensor:
     Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
     """
     a, b, c = coefficients
-    gram_BMM = torch.bmm(x_BMN, x_BMN.mT)
-    polynomial_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c)
-    return torch.baddbmm(x_BMN, polynomial_BMM, x_BMN, beta=a)
+    dtype = x_BMN.dtype
+    if _needs_float32(x_BMN):
+        x_BMN = x_BMN.float()
+    gram_BMM = torch.bmm(x_BMN, x_BMN.mT).to(dtype).to(x_BMN.dtype)
+    polynomial_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c).to(dtype).to(x_BMN.dtype)
+    return torch.baddbmm(x_BMN, polynomial_BMM, x_BMN, beta=a).to(dtype)
+
+
+def _needs_float32(x_BMN: Tensor) -> bool:
+    """Whether a CPU would pick its 16-bit product by the size of the batch, so that its rounding depends on it.
+
+    Then products are computed in float32 and rounded to 16 bits, which is what an accelerator's matrix units do.
+    """
+    rows, columns = x_BMN.shape[-2:]
+    # oneDNN takes bfloat16 from 16^3 multiplications on, counted over the batch, and float16 on few CPUs at all.
+    tiny = x_BMN.dtype == torch.bfloat16 and min(rows, columns) * rows * columns <= 16**3
+    return x_BMN.device.type == "cpu" and (tiny or x_BMN.dtype == torch.float16)
 
 
 def newton_schulz(x_BMN: Tensor, coefficients: Sequence[Quintic]) -> Tensor:

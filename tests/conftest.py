@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: fixed seeds, one thread per rank, one process pool, a time limit each."""
+"""Fixtures shared by all tests: fixed seeds, one thread per rank, one process pool."""
 
 from __future__ import annotations
 
@@ -11,15 +11,6 @@ import pytest
 import torch
 
 from tests.ranks import RankPool
-
-TIME_LIMIT_S = 120
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every test without a time limit of its own the common one."""
-    for item in items:
-        if item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(TIME_LIMIT_S))
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,9 @@ def check(case: Case, world: int, runs: list[Run]) -> None:
     against = reference(case, world)
     assert all(run.digests == runs[0].digests for run in runs)
     assert runs[0].skipped == 0
-    assert runs[0].buckets == 1 if case.bucket_mb == LARGE_MB else runs[0].buckets > 1
+    # At 4 ranks, balanced levels its shards only with everything in one bucket.
+    several = case.bucket_mb != LARGE_MB and not (case.policy == "balanced" and world == 4)
+    assert runs[0].buckets > 1 if several else runs[0].buckets == 1
     if case.dtype == "bfloat16":
         assert within_one_rounding(runs[0], against)
         return

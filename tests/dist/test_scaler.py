@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
+import distmuon
 from distmuon.errors import SynchronizationError
 from tests.dist.scenario import (
     EXACT_NS,
     Case,
+    Gradients,
     Run,
     backward,
     digest,
@@ -19,6 +21,8 @@ from tests.dist.scenario import (
     oracle,
     parameters,
     plain,
+    reference,
+    train,
     update_error,
 )
 from tests.ranks import run_threads
@@ -27,7 +31,7 @@ from tests.ranks import run_threads
 def scaler_run(rank: int, world: int, overflow_at: int | None, clip: float | None) -> Run:
     params = parameters()
     opt = optimizer(params, Case(clip=clip))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = distmuon.GradScaler("cpu", init_scale=2.0**10)
     digests = []
     for step in range(4):
         grads = gradients(Case(), step, 0, rank, world)
@@ -62,7 +66,7 @@ def test_grad_scaler_unscale_is_refused() -> None:
     def body(rank: int, world: int) -> str:
         params = parameters()
         opt = optimizer(params, Case())
-        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler = distmuon.GradScaler("cpu", init_scale=8.0)
         backward(params, gradients(Case(), 0, 0, rank, world), scaler.scale(torch.tensor(1.0)))
         before = digest((params, opt.state_dict()))
         with pytest.raises(SynchronizationError) as caught:  # noqa: PT012  (either call may raise)
@@ -82,7 +86,7 @@ def test_clip_grad_norm(world: int, init_scale: float | None) -> None:
     def body(rank: int, ranks: int) -> tuple[float, Run]:
         params = parameters()
         opt = optimizer(params, Case())
-        scaler = torch.amp.GradScaler("cpu", init_scale=init_scale or 1.0, enabled=init_scale is not None)
+        scaler = distmuon.GradScaler("cpu", init_scale=init_scale or 1.0, enabled=init_scale is not None)
         norm = math.nan
         for step in range(3):
             backward(params, gradients(Case(), step, 0, rank, ranks), scaler.scale(torch.tensor(1.0)))
@@ -103,3 +107,18 @@ def test_clip_grad_norm(world: int, init_scale: float | None) -> None:
         if step == 0:
             assert [result[0] for result in results] == pytest.approx([norm] * world, rel=1e-6)
     assert update_error(results[0][1], against) < EXACT_NS
+
+
+def test_clip_coefficient_has_the_usual_floor() -> None:
+    """limit / (norm + 1e-6), as torch.nn.utils.clip_grad_norm_: visible where norms are that small."""
+    case = Case(clip=1e-6, steps=3)
+
+    def source(case: Case, step: int, micro: int, rank: int, world: int) -> Gradients:
+        size = (2e-8, 1e-6, 1e-7)[step]
+        return {
+            name: None if g is None else g * size for name, g in gradients(case, step, 0, rank, world).items()
+        }
+
+    against = reference(case, 2, source)
+    for run in run_threads(2, train, case, None, source):
+        assert update_error(run, against) < EXACT_NS

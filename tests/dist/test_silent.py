@@ -108,7 +108,7 @@ def test_03_overflow_leaves_the_momentum_alone(overflow_at: int) -> None:
     def body(rank: int, world: int) -> int:
         params = parameters(torch.float16)
         opt = optimizer(params, Case())
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+        scaler = distmuon.GradScaler("cpu", init_scale=2.0**4)
         for step in range(9):
             grads = gradients(Case(dtype="float16"), step, 0, rank, world)
             if step == overflow_at:
@@ -131,7 +131,7 @@ def test_04_loss_scale_does_not_matter(clip: float | None) -> None:
     def body(rank: int, world: int, scale: float) -> list[str]:
         params = parameters()
         opt = optimizer(params, Case(clip=clip, exact=True))
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler = distmuon.GradScaler("cpu", init_scale=scale)
         digests = []
         for step in range(3):
             backward(

@@ -7,8 +7,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,21 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distmuon
+from distmuon import newton_schulz
 from tests.dist.scenario import digest
 from tests.ds import session
+
+Config = dict[str, Any]
 
 VOCAB, WIDTH, HIDDEN, EXPERTS, LENGTH = 50, 16, 32, 4, 8
 LR, ADAMW_LR, WEIGHT_DECAY = 0.02, 0.01, 0.1
 MATRICES = 2 + 2 * EXPERTS
 """The hidden layer, the gate, and two matrices an expert."""
 
+LOUD = 8.0
+"""Makes gradient norms so large that DeepSpeed's default clipping at 1.0 acts."""
+
 PARAMS = {"lr": LR, "adamw_lr": ADAMW_LR, "weight_decay": WEIGHT_DECAY, "ns": {"dtype": "float32"}}
 BF16 = {"bf16": {"enabled": True}, "communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
 """16-bit parameters, everything that is summed in float32."""
+DTYPES: dict[str, Config] = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "bf16 in fp32": BF16}
 
 _EXPERT = re.compile(r"deepspeed_experts\.(\d+)\.")
-
-Config = dict[str, Any]
 
 
 class Net(nn.Module):
@@ -52,15 +59,14 @@ class Net(nn.Module):
         if self.moe is not None:
             out, auxiliary, _ = self.moe(h)
             h = h + out
-        return F.cross_entropy(self.head(h).float().view(-1, VOCAB), y.view(-1)) + 0.01 * auxiliary.float()
+        loss = F.cross_entropy(self.head(h).float().view(-1, VOCAB), y.view(-1)) + 0.01 * auxiliary.float()
+        return LOUD * loss
 
 
 def _experts(ep: int) -> Any:
     from deepspeed.moe.layer import MoE
 
-    expert = nn.Sequential(
-        nn.Linear(WIDTH, HIDDEN, bias=False), nn.SiLU(), nn.Linear(HIDDEN, WIDTH, bias=False)
-    )
+    expert = nn.Sequential(nn.Linear(WIDTH, HIDDEN, bias=False), nn.SiLU(), nn.Linear(HIDDEN, WIDTH, bias=False))
     fixed = {"drop_tokens": False, "use_rts": False, "top2_2nd_expert_sampling": False}
     return MoE(WIDTH, expert=expert, num_experts=EXPERTS, ep_size=ep, k=2, **fixed)
 
@@ -164,3 +170,15 @@ def shard_parts(engine: Any, key: str) -> list[tuple[str, int, Tensor]]:
             parts.append((names[id(bucket.params[piece.param].tensor)], piece.start, values))
     return parts
 
+
+@contextmanager
+def count_orthogonalized() -> Iterator[list[int]]:
+    """Batch sizes of the matrices given to Newton-Schulz inside."""
+    batches: list[int] = []
+
+    def counting(x: Tensor, *args: Any) -> Tensor:
+        batches.append(x.shape[0])
+        return newton_schulz.orthogonalize(x, *args)
+
+    with mock.patch("distmuon.phases.orthogonalize", counting):
+        yield batches

@@ -106,6 +106,7 @@ def compare(rank: int, world: int, group: Any, settings: Any, ep: int | None, ca
     rates = case.get("rates", constant)
     reference = Reference(bf16, ep is not None, case["clip"], rates)
     reference.train(steps, gas)
+    assert min(reference.norms) > DEFAULT_CLIP, "clipping would not show"
     distance, norms, losses = Distance(), [], []
     for step in range(steps):
         losses += advance(engine, step, step + 1)

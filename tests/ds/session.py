@@ -21,9 +21,7 @@ from torch import nn
 def deepspeed() -> Any:
     """Import and initialize DeepSpeed without its C++ extensions; returns the package."""
     rank, world = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ.update(
-        DS_ACCELERATOR="cpu", TORCHDYNAMO_DISABLE="1", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world
-    )
+    os.environ.update(DS_ACCELERATOR="cpu", TORCHDYNAMO_DISABLE="1", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world)
     import deepspeed as package
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

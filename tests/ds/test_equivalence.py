@@ -37,9 +37,7 @@ def check(ranks: list[Distance], limit: float = 1e-5, gate: float = 1e-4) -> Non
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("gas", [1, 2])
 @pytest.mark.parametrize(("world", "ep"), [(2, 1), (2, 2), (4, 2)])
-def test_updates_equal_the_reference(
-    request: pytest.FixtureRequest, world: int, ep: int, gas: int, clip: str
-) -> None:
+def test_updates_equal_the_reference(request: pytest.FixtureRequest, world: int, ep: int, gas: int, clip: str) -> None:
     pool: RankPool = request.getfixturevalue(f"ds{world}")
     settings = config(gradient_accumulation_steps=gas, **CLIPS[clip])
     case: dict[str, Any] = {"steps": 3, "clip": CLIPS[clip].get("gradient_clipping", DEFAULT_CLIP) or None}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import distmuon
-from tests.ds.engines import BF16, PARAMS, build, config, network, weights
+from tests.ds.engines import BF16, PARAMS, advance, build, config, network, weights
 from tests.ds.session import attempt
 from tests.ranks import RankPool
 
@@ -175,6 +174,35 @@ def given_groups(rank: int, world: int, group: Any, case: str) -> Refusal:
 def test_06_parameters_that_cannot_be_served(ds2: RankPool, case: str) -> None:
     """Silent failure 6: zero.Init makes every shape 1-D, so nothing would be left for Muon."""
     check(ds2.run(2, given_groups, case), *GROUPS[case][1:])
+
+
+def named_pairs(rank: int, world: int, group: Any, routed: bool) -> Refusal:
+    """Hand (name, parameter) pairs to deepspeed.initialize, as DistMuon takes them."""
+
+    def pairs(model: nn.Module) -> Any:
+        return distmuon.param_groups(model) if routed else list(model.named_parameters())
+
+    return attempt(lambda: advance(build(config(), None, groups=pairs), 0, 1))
+
+
+@pytest.mark.xfail(strict=True, reason="named pairs end in an AttributeError")
+@pytest.mark.parametrize("routed", [False, True])
+def test_named_pairs_are_taken_or_refused(ds2: RankPool, routed: bool) -> None:
+    for error in ds2.run(2, named_pairs, routed):
+        assert error is None or "ConfigError" in error[0], error
+
+
+@pytest.mark.xfail(strict=True, reason="raised by the first step, as max_norm")
+def test_a_negative_clip_is_refused_before_training(ds2: RankPool) -> None:
+    check(ds2.run(2, refuse, config(gradient_clipping=-1.0)), "gradient_clipping", "0")
+
+
+@pytest.mark.xfail(strict=True, reason="keys that are refused are listed as legal")
+def test_listed_keys_are_legal(ds2: RankPool) -> None:
+    error = ds2.run(2, refuse, config(params={"zzz": 1}))[0]
+    assert "legal keys are" in error[1]
+    for key in ("max_grad_norm", "reduce_dtype", "grad_accum_dtype"):
+        assert key not in error[1]
 
 
 def other_on_rank_one(rank: int, world: int, group: Any) -> Refusal:

@@ -64,7 +64,9 @@ def test_named_parameters_of_a_model(build: Any, caplog: pytest.LogCaptureFixtur
     assert "distmuon.param_groups(model)" in message
 
 
-@pytest.mark.parametrize("name", ["wte.weight", "transformer.wpe.weight", "Embedding.w", "word_embeddings", "lm_head.w"])
+@pytest.mark.parametrize(
+    "name", ["wte.weight", "transformer.wpe.weight", "Embedding.w", "word_embeddings", "lm_head.w"]
+)
 def test_names_of_tables(name: str, caplog: pytest.LogCaptureFixture) -> None:
     (group,) = to_groups([(name, matrix())])
     assert group["kind"] == "adamw"

@@ -59,7 +59,7 @@ def test_default_settings() -> None:
 def test_singular_values_of_random_matrices(shape: tuple[int, int]) -> None:
     """The band of the papers' triple: values end near 1, not at it."""
     sigma = torch.linalg.svdvals(orthogonalize(random(shape), setting()).double())
-    assert 0.68 <= float(sigma.min())
+    assert float(sigma.min()) >= 0.68
     assert float(sigma.max()) <= 1.14
 
 
@@ -85,7 +85,7 @@ def test_a_batch_is_the_loop_bit_for_bit(shape: tuple[int, int], dtype: str) -> 
 @pytest.mark.parametrize("dtype", BANDS)
 @pytest.mark.parametrize("shape", [(12, 16), (16, 16), (16, 33)])
 def test_small_matrices_have_the_same_bits_in_a_batch(shape: tuple[int, int], dtype: str) -> None:
-    """A CPU picks its 16-bit kernel by the size of the whole batch; that must not show. A bit seldom differs: try many."""
+    """A CPU picks its 16-bit kernel by the size of the whole batch; that must not show. It seldom does: try many."""
     found = {seed: random((8, *shape), seed) for seed in range(40)}
     alone = {s: torch.stack([orthogonalize(x, setting(dtype)) for x in batch]) for s, batch in found.items()}
     assert [s for s, batch in found.items() if not torch.equal(orthogonalize(batch, setting(dtype)), alone[s])] == []
@@ -99,7 +99,7 @@ def test_powers_of_two_do_not_change_a_bit(power: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", BANDS)
-@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e30, 1e37])
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e30, 5e37])
 def test_tiny_and_huge_matrices(size: float, dtype: str) -> None:
     x = random((12, 20))
     assert oracle.relative(orthogonalize(x * size, setting(dtype)), oracle.newton_schulz(x)) < BANDS[dtype]
@@ -199,6 +199,13 @@ def test_normalize() -> None:
     norms = found.double().square().sum(dim=(1, 2)).sqrt()
     assert torch.allclose(norms, torch.tensor([1.0, 1.0, 1.0, 0.0]).double(), atol=1e-6)
     assert torch.equal(normalize(x[1:2].bfloat16()), normalize(x[1:2].bfloat16().float()))
+
+
+@pytest.mark.parametrize("shape", [(33, 65), (65, 33), (7, 700), (128, 256)])
+def test_normalize_does_not_depend_on_the_layout(shape: tuple[int, int]) -> None:
+    for seed in range(10):
+        x = random((3, *shape), seed)
+        assert torch.equal(normalize(x.mT.contiguous()).mT, normalize(x))
 
 
 def test_normalize_does_not_depend_on_the_batch() -> None:

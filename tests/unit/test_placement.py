@@ -18,6 +18,7 @@ small = st.integers(0, 6)
 elementwise = st.tuples(st.lists(st.integers(0, 9), max_size=2).map(tuple), st.just("adamw"))
 matrix = st.tuples(st.one_of(st.tuples(small, small), st.tuples(small, small, small)), st.just("muon"))
 models = st.lists(st.one_of(elementwise, matrix), max_size=9)
+Shapes = list[tuple[tuple[int, ...], Kind]]
 worlds, buckets, policies = st.integers(1, 8), st.integers(1, 250), st.sampled_from(["balanced", "flat"])
 
 
@@ -59,9 +60,7 @@ def test_shards_are_level_and_padding_is_less_than_an_element_a_rank(
 
 @HYPOTHESIS
 @given(models, worlds, policies, buckets)
-def test_holders_are_the_ranks_with_a_part_of_the_matrix(
-    shapes: Any, world: int, policy: Any, bucket: int
-) -> None:
+def test_holders_are_the_ranks_with_a_part_of_the_matrix(shapes: Any, world: int, policy: Any, bucket: int) -> None:
     plan = make_plan(specs(shapes), world, policy, bucket)
     expected = [m for i, spec in enumerate(plan.params) for m in split_matrices(i, spec)]
     assert sorted((m.param, m.start) for m in plan.matrices) == [(m.param, m.start) for m in expected]
@@ -99,18 +98,22 @@ def test_flat_shards_are_runs_of_the_concatenated_parameters(shapes: Any, world:
 
 @HYPOTHESIS
 @given(models, worlds, buckets)
-def test_balanced_cuts_in_the_last_bucket_only(shapes: Any, world: int, bucket: int) -> None:
-    for b in make_plan(specs(shapes), world, "balanced", bucket).buckets[:-1]:
-        assert not any(m.cut for m in b.matrices)
+def test_balanced_merges_everything_before_it_cuts(shapes: Any, world: int, bucket: int) -> None:
+    plan = make_plan(specs(shapes), world, "balanced", bucket)
+    if any(m.cut for m in plan.matrices):
+        assert len(plan.buckets) == 1
 
 
 @HYPOTHESIS
-@given(models, worlds)
-def test_balanced_keeps_every_matrix_whole_with_enough_elementwise_parameters(shapes: Any, world: int) -> None:
+@given(models, worlds, buckets)
+def test_balanced_keeps_every_matrix_whole_with_enough_elementwise_parameters(
+    shapes: Any, world: int, bucket: int
+) -> None:
     """A rank has room for a matrix of n elements as long as the other elements fill the gaps of the others."""
     largest = max((m.numel for i, s in enumerate(specs(shapes)) for m in split_matrices(i, s)), default=0)
-    filled = specs([*shapes, ((world * largest + 1,), "adamw")])
-    assert not any(m.cut for m in make_plan(filled, world, "balanced", 10**6).matrices)
+    filler = ((world * largest + 1,), "adamw")
+    for filled in ([*shapes, filler], [filler, *shapes]):
+        assert not any(m.cut for m in make_plan(specs(filled), world, "balanced", bucket).matrices)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +137,26 @@ def test_a_bucket_that_cannot_be_levelled_takes_further_parameters() -> None:
     assert [b.params for b in make_plan(model, 2, "flat", 1).buckets] == [(2,), (1,), (0,)]
 
 
-def test_only_the_last_bucket_is_cut_where_nothing_fills_the_gap() -> None:
-    plan = make_plan(specs([((4, 4), "muon"), ((40,), "adamw")]), 2, "balanced", 1)
+def test_a_last_bucket_that_cannot_be_levelled_joins_the_one_before() -> None:
+    plan = make_plan(specs([((4, 4), "muon"), ((40,), "adamw"), ((6,), "adamw")]), 2, "balanced", 1)
+    assert [bucket.params for bucket in plan.buckets] == [(2,), (0, 1)]
+    assert not any(m.cut for m in plan.matrices)
+
+
+def test_merging_takes_the_loads_of_the_merged_bucket_back() -> None:
+    """The square one is in a bucket that is closed first and merged later; its cost must count once."""
+    model = specs([*[((8, 16), "muon")] * 5, ((16, 16), "muon"), ((384,), "adamw")])
+    plan = make_plan(model, 2, "balanced", 640)
+    assert len(plan.buckets) == 1
+    assert {plan.newton_schulz_cost(rank) for rank in (0, 1)} == {24_576, 25_600}
+
+
+def test_a_matrix_that_nothing_levels_is_cut() -> None:
+    plan = make_plan(specs([((4, 4), "muon"), ((15,), "adamw")]), 2, "balanced", 1)
+    assert [bucket.params for bucket in plan.buckets] == [(0, 1)]
+    assert [(m.holders, m.cut) for m in plan.matrices] == [((0,), False)]
+    plan = make_plan(specs([((4, 4), "muon"), ((13,), "adamw")]), 2, "balanced", 1)
+    assert [bucket.params for bucket in plan.buckets] == [(0, 1)]
     assert [m.holders for m in plan.matrices] == [(0, 1)]
 
 
@@ -174,18 +195,17 @@ def test_one_parameter_over_more_ranks_than_elements_or_not(policy: Any, shape: 
 
 def moe_mini() -> list[ParamSpec]:
     """Shapes of configs/models/moe_mini.toml with a vocabulary of 4,096."""
-    block: list[tuple[tuple[int, ...], Kind]] = [((128,), "adamw"), ((128, 128), "muon"), ((64, 128), "muon")]
-    block += [((64, 128), "muon"), ((128, 128), "muon"), ((128,), "adamw"), ((8, 128), "muon")]
-    block += [((256, 128), "muon"), ((256, 128), "muon"), ((128, 256), "muon")] * 8
-    return specs([((4096, 128), "adamw"), *block * 4, ((128,), "adamw")])
+    attention: Shapes = [((128,), "adamw"), ((128, 128), "muon"), ((64, 128), "muon"), ((64, 128), "muon")]
+    router: Shapes = [((128, 128), "muon"), ((128,), "adamw"), ((8, 128), "muon")]
+    expert: Shapes = [((256, 128), "muon"), ((256, 128), "muon"), ((128, 256), "muon")]
+    return specs([((4096, 128), "adamw"), *[*attention, *router, *expert * 8] * 4, ((128,), "adamw")])
 
 
 def llama(layers: int = 16, width: int = 2048, hidden: int = 8192) -> list[ParamSpec]:
-    block: list[tuple[tuple[int, ...], Kind]] = [((width,), "adamw"), ((width, width), "muon")]
-    block += [((width // 4, width), "muon")] * 2 + [((width, width), "muon"), ((width,), "adamw")]
+    block: Shapes = [((width,), "adamw"), ((width, width), "muon"), ((width // 4, width), "muon")]
+    block += [((width // 4, width), "muon"), ((width, width), "muon"), ((width,), "adamw")]
     block += [((hidden, width), "muon"), ((hidden, width), "muon"), ((width, hidden), "muon")]
-    table: tuple[tuple[int, ...], Kind] = ((32_000, width), "adamw")
-    return specs([table, *block * layers, ((width,), "adamw"), table])
+    return specs([((32_000, width), "adamw"), *block * layers, ((width,), "adamw"), ((32_000, width), "adamw")])
 
 
 def spread(plan: Plan) -> float:

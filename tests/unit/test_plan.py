@@ -147,5 +147,5 @@ def test_no_ranks(world: int) -> None:
 
 
 def test_unknown_policy() -> None:
-    with pytest.raises(ConfigError, match="policy = 'zigzag' is not legal: use \"balanced\" or \"flat\""):
+    with pytest.raises(ConfigError, match='policy = \'zigzag\' is not legal: use "balanced" or "flat"'):
         plan(policy="zigzag")

@@ -87,7 +87,9 @@ LAYERS: list[tuple[nn.Module, dict[str, tuple[str, str]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("module", "expected"), LAYERS, ids=[type(m).__name__ + str(i) for i, (m, _) in enumerate(LAYERS)])
+@pytest.mark.parametrize(
+    ("module", "expected"), LAYERS, ids=[type(m).__name__ + str(i) for i, (m, _) in enumerate(LAYERS)]
+)
 def test_module_types(module: nn.Module, expected: dict[str, tuple[str, str]]) -> None:
     assert decisions(module) == expected
 
@@ -202,7 +204,9 @@ def test_groups_hold_every_parameter_once_with_its_position() -> None:
     groups = param_groups(model)
     assert [group["kind"] for group in groups] == ["muon", "adamw"]
     order = {name: number for number, (name, _) in enumerate(model.named_parameters())}
-    members = {name: (parameter, n) for g in groups for (name, parameter), n in zip(g["params"], g["positions"], strict=True)}
+    members = {
+        name: (parameter, n) for g in groups for (name, parameter), n in zip(g["params"], g["positions"], strict=True)
+    }
     assert {name: n for name, (_, n) in members.items()} == order
     assert all(parameter is model.get_parameter(name) for name, (parameter, _) in members.items())
     table = kinds(model)
@@ -225,7 +229,15 @@ def test_the_table_can_be_printed() -> None:
         ["1.up", "scalar", "adamw", "0-D"],
         ["2.weight", "7x2", "adamw", "embedding"],
     ]
-    assert len({line.index(kind) for line, kind in zip(text.splitlines(), ("muon", "adamw", "adamw", "adamw"), strict=True)}) == 1
+    assert (
+        len(
+            {
+                line.index(kind)
+                for line, kind in zip(text.splitlines(), ("muon", "adamw", "adamw", "adamw"), strict=True)
+            }
+        )
+        == 1
+    )
     assert str(routes(nn.ReLU())) == ""
 
 

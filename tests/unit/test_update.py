@@ -90,9 +90,7 @@ def test_adamw_is_torchs(changed: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("numel", "cuts"), CUTS)
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("mu", [0.95, 0.3])
-def test_momentum_has_the_same_bits_in_any_shard(
-    numel: int, cuts: tuple[int, ...], nesterov: bool, mu: float
-) -> None:
+def test_momentum_has_the_same_bits_in_any_shard(numel: int, cuts: tuple[int, ...], nesterov: bool, mu: float) -> None:
     whole, *grads = values(4, numel)
     parts = whole.clone()
     for grad in grads:
