@@ -23,6 +23,12 @@ class BoundParam:
     tensor: Tensor
     kind: Kind
     group: int
+    form: str
+
+
+def form(tensor: Tensor) -> str:
+    """What a parameter must keep while it is optimized: dtype, shape and device, e.g. "float32 (2, 3) on cpu"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
 
 
 @dataclass
@@ -33,7 +39,7 @@ class Span:
     kind: Kind
     offset: int
     length: int
-    second_offset: int = 0
+    second_moment_offset: int = 0
 
     @property
     def part(self) -> slice:
@@ -41,9 +47,9 @@ class Span:
         return slice(self.offset, self.offset + self.length)
 
     @property
-    def second_part(self) -> slice:
+    def second_moment_part(self) -> slice:
         """The elements within the packed second moments."""
-        return slice(self.second_offset, self.second_offset + self.length)
+        return slice(self.second_moment_offset, self.second_moment_offset + self.length)
 
 
 @dataclass(frozen=True)
@@ -123,10 +129,10 @@ class Bucket:
         for piece, part in self._places[index]:
             full[part].add_(flat[piece.start : piece.end])
 
-    def grad_versions(self) -> dict[int, int]:
-        """Version counter of each gradient there is; it changes when the gradient is written to."""
+    def grad_marks(self) -> dict[int, tuple[int, int] | None]:
+        """For each parameter what changes when its gradient is written to or replaced; None without a gradient."""
         grads = {index: self.params[index].tensor.grad for index in self.plan.params}
-        return {index: grad._version for index, grad in grads.items() if grad is not None}
+        return {index: None if grad is None else (id(grad), grad._version) for index, grad in grads.items()}
 
     def pack_shard(self) -> Tensor:
         """Copy this rank's elements of the parameters into a new shard of the parameters' dtype."""

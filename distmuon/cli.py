@@ -49,26 +49,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        import tyro
+
+        from distmuon.train.config import RunConfig
+
+        tyro.cli(RunConfig, args=["--help"], prog="distmuon train RUN.toml")
     if not arguments or arguments[0].startswith("-"):
-        if "--help" not in arguments and "-h" not in arguments:
-            print("distmuon train: name a run file first, e.g. configs/runs/moe_mini.toml.", file=sys.stderr)
-            return 2
-        arguments = ["", *arguments]
+        print("distmuon train: name a run file first, e.g. configs/runs/moe_mini.toml.", file=sys.stderr)
+        return 2
+    from distmuon.errors import ConfigError
+    from distmuon.train.config import load_run
+    from distmuon.train.overrides import override
+
+    run = load_run(Path(arguments[0]))
+    try:
+        run = override(run, arguments[1:])
+    except ConfigError as error:
+        if _first():
+            print(f"distmuon train: {error}", file=sys.stderr)
+        return 2
     import torch.distributed as dist
-    import tyro
-
-    from distmuon.train.config import RunConfig, load_run
-
-    default = load_run(Path(arguments[0])) if arguments[0] else RunConfig()
-    run = tyro.cli(RunConfig, default=default, args=arguments[1:], prog=f"distmuon train {arguments[0] or 'RUN.toml'}")
 
     from distmuon.train.report import summary_lines
     from distmuon.train.run import train
 
-    directory = train(run, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, world = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    directory = train(run, local_rank, world)
     if _first():
         print("\n".join([*summary_lines(directory), f"report: {directory / 'report.html'}"]))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 

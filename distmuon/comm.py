@@ -69,6 +69,10 @@ class Pending:
         self._work = work
         self._buffers = buffers
 
+    def done(self) -> bool:
+        """Whether waiting would return at once."""
+        return self._work is None or bool(self._work.is_completed())
+
     def wait(self) -> Tensor:
         """Wait for the collective and return its result."""
         if self._work is not None:

@@ -55,8 +55,8 @@ class GroupSettings(Strict):
     """AdamW's denominator floor, above 0."""
 
 
-class MuonSettings(Strict):
-    """What a Muon optimizer is constructed with; the keys are also those of a DeepSpeed ``optimizer.params`` table."""
+class UpdateSettings(Strict):
+    """How parameters are updated."""
 
     lr: Rate = 1e-3
     """Learning rate of the matrices, at least 0."""
@@ -74,8 +74,6 @@ class MuonSettings(Strict):
     """AdamW's denominator floor, above 0."""
     adamw_weight_decay: Rate | None = None
     """Weight decay of the AdamW parameters; None takes weight_decay."""
-    max_grad_norm: float | None = Field(default=None, gt=0)
-    """Clip the global norm of the raw gradients to this; None does not clip."""
     adamw_backend: Literal["auto", "torch", "apex"] = "auto"
     """"apex" runs NVIDIA apex's FusedAdam, "auto" takes it on CUDA where it is installed."""
     ns: NewtonSchulz = NewtonSchulz()
@@ -102,13 +100,25 @@ class MuonSettings(Strict):
         }
 
 
-class ShardSettings(MuonSettings):
-    """What DistMuon adds: placement and communication."""
+class MuonSettings(UpdateSettings):
+    """What ``Muon`` is constructed with."""
+
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Clip the global norm of the raw gradients to this; None does not clip."""
+
+
+class PlacementSettings(UpdateSettings):
+    """What sharding adds: who holds what, and in which portions it is communicated."""
 
     policy: Literal["balanced", "flat"] = "balanced"
     """"balanced" keeps matrices whole, "flat" cuts equal contiguous shards as ZeRO-1 does."""
     bucket_mb: float = Field(default=25.0, gt=0)
-    """Size of a reduce-scatter in MB (10^6 bytes of the reduction dtype), above 0."""
+    """Least size of a reduce-scatter in MB (10^6 bytes of the reduction dtype), above 0."""
+
+
+class ShardSettings(PlacementSettings, MuonSettings):
+    """What ``DistMuon`` is constructed with."""
+
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which gradients are summed over the ranks."""
     grad_accum_dtype: Literal["float32"] | None = None
@@ -142,7 +152,7 @@ def make_settings(**values: Any) -> ShardSettings:
     """Check DistMuon's arguments.
 
     Args:
-        values: fields of ``ShardSettings``; dtypes may be torch dtypes and lr a tensor.
+        values: fields of ``ShardSettings``; dtypes may be torch dtypes.
 
     Returns:
         The settings.
@@ -154,8 +164,6 @@ def make_settings(**values: Any) -> ShardSettings:
     for key, value in values.items():
         if isinstance(value, torch.dtype):
             plain[key] = str(value).removeprefix("torch.")
-        elif isinstance(value, torch.Tensor):
-            plain[key] = value.item()
     return parse(ShardSettings, plain, "DistMuon")
 
 
@@ -169,16 +177,34 @@ def explain(model: type[BaseModel], problem: ErrorDetails) -> str:
     Returns:
         The sentence.
     """
-    path = [str(part) for part in problem["loc"]]
+    path = _known_path(model, problem["loc"])
     field = ".".join(path) or "the table"
     if problem["type"] == "extra_forbidden":
-        names = _field_names(model, path[:-1])
-        near = difflib.get_close_matches(path[-1], names, n=1)
+        unknown, names = str(problem["loc"][-1]), _field_names(model, path)
+        near = difflib.get_close_matches(unknown, names, n=1)
         hint = f'did you mean "{near[0]}"?' if near else f"legal keys are {', '.join(sorted(names))}."
-        return f'unknown key "{field}"; {hint}'
+        return f'unknown key "{".".join([*path, unknown])}"; {hint}'
     if problem["type"] == "missing":
         return f'"{field}" is missing and has no default; add it.'
-    return f'"{field}" = {problem["input"]!r} is not legal: {problem["msg"]}.'
+    if problem["type"] == "value_error":
+        return f'"{field}" is not legal: {problem["msg"].removeprefix("Value error, ")}.'
+    reason = problem["msg"].replace("Input should be", "it must be")
+    return f'"{field}" = {problem["input"]!r} is not legal: {reason}.'
+
+
+def _known_path(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The part of an error's location that names fields; pydantic adds members of unions to it."""
+    path: list[str] = []
+    current: Any = model
+    for part in location:
+        if isinstance(part, int):
+            path.append(str(part))
+            continue
+        if not (isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields):
+            break
+        path.append(part)
+        current = current.model_fields[part].annotation
+    return path
 
 
 def _field_names(model: type[BaseModel], path: list[str]) -> list[str]:

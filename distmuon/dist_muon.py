@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from distmuon import domains, guard, phases, sharded_state
 from distmuon.adamw import choose_adamw
-from distmuon.bucket import BoundParam
-from distmuon.clipping import Verdict, clip_coefficient
+from distmuon.bucket import BoundParam, Bucket
 from distmuon.clock import PhaseClock
-from distmuon.comm import Group, Traffic, own_process_group
+from distmuon.comm import Group, Pending, Traffic, own_process_group
 from distmuon.config import NewtonSchulz, ShardSettings, make_settings
 from distmuon.errors import ConfigError
-from distmuon.groups import Params, bind, check_frozen, check_group, complete_group, describe_group, to_groups
+from distmuon.groups import Params, bind, check_group, check_unchanged, complete_group, to_groups
 from distmuon.plan import Plan, Policy
+from distmuon.readiness import Readiness, StepSettings, check_clip, find_loss_scale, get_ready
 from distmuon.reducer import Reducer
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class DistMuon(torch.optim.Optimizer):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-3,
+        lr: float = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
@@ -94,9 +93,9 @@ class DistMuon(torch.optim.Optimizer):
         self.clock = PhaseClock()
         self.plans: list[Plan] = []
         self.skipped_steps = 0
+        self.grad_norm = 0.0
         self._synchronize = True
-        self._verdict: tuple[Verdict, float] | None = None
-        self._clip_to: float | None = None
+        self._clip: tuple[float, float | None] | None = None
         self._bound: list[BoundParam] = []
         self._frozen: list[BoundParam] = []
         self._main = Group(own_process_group(process_group), self.traffic)
@@ -105,7 +104,8 @@ class DistMuon(torch.optim.Optimizer):
             values = {field: arguments[field] for field in ShardSettings.model_fields}
             self.settings = make_settings(**{**values, "ns": ns or NewtonSchulz()})
             self._reducer = Reducer(reduce_dtype, self.reduces_in_backward, grad_accum_dtype is not None)
-            super().__init__(to_groups(params), {})
+            # Schedulers that cycle momentum ask the defaults for it.
+            super().__init__(to_groups(params), {"momentum": momentum})
             trained, frozen = bind(self.param_groups, 0)
             if not trained:
                 raise ConfigError("every parameter is frozen; at least one must require a gradient.")
@@ -169,18 +169,16 @@ class DistMuon(torch.optim.Optimizer):
             ConfigError: max_norm is not above 0.
             RankMismatchError: the settings of the ranks disagree.
         """
-        if not max_norm > 0:
-            raise ConfigError(f"max_norm = {max_norm} is not legal: it must be above 0.")
-        self._clip_to = max_norm
-        return self._agree(loss_scale).norm
+        self._clip = max_norm, loss_scale
+        return self._get_ready(loss_scale).verdict.norm
 
-    def share_overflow(self, found_inf: Tensor) -> None:
-        """Make an overflow on one rank known to all, for ``distmuon.GradScaler``.
+    def finite_gradients(self, loss_scale: float) -> bool:
+        """Whether the mean gradients are finite on all ranks, for ``distmuon.GradScaler``; every rank must ask.
 
         Args:
-            found_inf: one-element float tensor, above 0 on ranks that found an overflow; updated in place.
+            loss_scale: what the loss was multiplied by.
         """
-        found_inf.copy_(self._main.all_reduce_sum(found_inf.clone()).clamp_(max=1))
+        return self._get_ready(loss_scale).verdict.finite
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -202,13 +200,10 @@ class DistMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        error, loss_scale, settings = self._check_step()
-        verdict = self._agree(loss_scale, error)
-        if error:
-            raise error
-        if verdict.finite:
-            limit = self.settings.max_grad_norm if self._clip_to is None else self._clip_to
-            self._update(settings, clip_coefficient(verdict.norm, limit) / loss_scale)
+        ready = self._get_ready()
+        self.grad_norm = ready.verdict.norm
+        if ready.verdict.finite:
+            self._update(ready.settings.groups, ready.coefficient)
         else:
             self.skipped_steps += 1
             log.warning("gradients are not finite: all ranks skip this step (%d so far)", self.skipped_steps)
@@ -217,13 +212,13 @@ class DistMuon(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank: momentum, second moments, master weights."""
-        tensors = [tensor for lane in self._reducer.lanes for tensor in lane.bucket.state().values()]
+        tensors = [tensor for reduction in self._reducer.reductions for tensor in reduction.bucket.state().values()]
         return sum(tensor.nbytes for tensor in tensors)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's shard of the state, with the plan it belongs to."""
         packed = super().state_dict()["param_groups"]
-        return sharded_state.save(self._reducer.lanes, self.plans, self._main.rank, packed)
+        return sharded_state.save(self._reducer.reductions, self.plans, self._main.rank, packed)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -234,66 +229,64 @@ class DistMuon(torch.optim.Optimizer):
 
         Raises:
             StateError: it belongs to other parameters, ranks or settings; nothing is changed then.
+            RankMismatchError: that is so on some ranks only; raised on every rank.
         """
-        loaded = sharded_state.check(state_dict, self._reducer.lanes, self.plans, self._main.rank, self.param_groups)
+        with guard.shared_failure(self._main):
+            reductions, rank = self._reducer.reductions, self._main.rank
+            loaded = sharded_state.check(state_dict, reductions, self.plans, rank, self.param_groups)
+        guard.check_agreement(self._main, [("a state dict", "to load")])
         for group, saved in zip(self.param_groups, loaded, strict=True):
             group.update(saved)
-        sharded_state.load(state_dict, self._reducer.lanes)
+        sharded_state.load(state_dict, self._reducer.reductions)
         self._forget_gradients()
 
     def _place(self, trained: list[BoundParam], frozen: list[BoundParam]) -> None:
         """Agree with the other ranks on parameters, plan them, and start to watch for their gradients."""
-        plans, lanes = domains.build(trained, self.param_groups, self._main, self._experts, self.settings)
+        plans, reductions = domains.build(trained, self.param_groups, self._main, self._experts, self.settings)
         self._bound, self._frozen = self._bound + trained, self._frozen + frozen
         self.plans += plans
-        self._reducer.add(lanes)
+        self._reducer.add(reductions)
 
     def _update(self, settings: phases.Settings, coefficient: float) -> None:
         """Phases 3 to 7 for every bucket; the all-gather of one runs while the next is computed."""
-        gathers = []
-        for lane in self._reducer.lanes:
-            bucket, grad = lane.bucket, lane.mean
+        gathering: list[tuple[Bucket, Pending]] = []
+        for reduction in self._reducer.reductions:
+            bucket, grad = reduction.bucket, reduction.mean
             assert grad is not None
             if coefficient != 1.0:
                 grad.mul_(coefficient)
             with self.clock("momentum"):
                 inputs = phases.momentum(bucket, grad, settings, self.settings.ns)
             with self.clock("complete"):
-                matrices = phases.complete(bucket, inputs, lane.group)
+                matrices = phases.complete(bucket, inputs, reduction.group)
             with self.clock("newton_schulz"):
                 directions = phases.orthogonalize_all(matrices, self.settings.ns)
             with self.clock("apply"):
                 weights = phases.apply(bucket, grad, directions, settings, self._adamw)
             with self.clock("gather"):
-                gathers.append((bucket, phases.gather(bucket, weights, lane.group)))
+                gathering.append((bucket, phases.gather(bucket, weights, reduction.group)))
+                reduction.mean = None
+                # One all-gather stays under way; more would hold the buffers of the whole model.
+                phases.unpack(gathering, keep=1)
         with self.clock("gather"):
-            for bucket, pending in gathers:
-                bucket.unpack(pending.wait())
+            phases.unpack(gathering, keep=0)
 
-    def _check_step(self) -> tuple[ValueError | None, float, phases.Settings]:
-        """Check all that a step depends on; an error is returned, to be raised once the other ranks know of it."""
-        try:
-            check_frozen(self._bound, self._frozen)
+    def _get_ready(self, loss_scale: float | None = None) -> Readiness:
+        """Phases 1 and 2: reduced gradients, their global norm, one decision for all ranks."""
+
+        def check() -> StepSettings:
+            check_unchanged(self._bound, self._frozen)
             found_inf = getattr(self, "found_inf", None)
             if found_inf is None:
                 self._reducer.check_untouched()
-            loss_scale = guard.loss_scale(getattr(self, "grad_scale", None), found_inf)
-            return None, loss_scale, [check_group(group) for group in self.param_groups]
-        except ValueError as error:
-            return error, 1.0, []
+            scale = find_loss_scale(getattr(self, "grad_scale", None), found_inf) if loss_scale is None else loss_scale
+            limit = check_clip(self._clip, scale, self.settings.max_grad_norm)
+            return StepSettings([check_group(group) for group in self.param_groups], scale, limit)
 
-    def _agree(self, loss_scale: float, error: ValueError | None = None) -> Verdict:
-        """Phases 1 and 2, once per step: reduced gradients, their global norm, one decision for all ranks."""
-        if self._verdict is None:
-            self.reduce_gradients()
-            with self.clock("guard"):
-                total = self._reducer.sum_of_squares() / loss_scale**2
-                entries = [(f"param group {i}", describe_group(g)) for i, g in enumerate(self.param_groups)]
-                entries.append(("a loss scale (distmuon.GradScaler keeps it equal) of", repr(loss_scale)))
-                self._verdict = guard.vote(self._main, total, [guard.failure(error)] if error else entries), loss_scale
-        guard.check_loss_scale(self._verdict[1], loss_scale)
-        return self._verdict[0]
+        self.reduce_gradients()
+        with self.clock("guard"):
+            return get_ready(self._main, self._reducer, check)
 
     def _forget_gradients(self) -> None:
         self._reducer.reset()
-        self._verdict = self._clip_to = None
+        self._clip = None

@@ -1,4 +1,4 @@
-"""From bound parameters to lanes: one plan per process group, dtype and device, and the order of their buckets."""
+"""From bound parameters to reductions: one plan per process group, dtype and device, and the order of their buckets."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from distmuon.bucket import BoundParam, Bucket
 from distmuon.comm import Group
 from distmuon.config import GroupSettings, ShardSettings
-from distmuon.guard import check_agreement
+from distmuon.guard import check_agreement, shared_failure
 from distmuon.plan import ParamSpec, Plan, make_plan
-from distmuon.reducer import Lane
+from distmuon.reducer import BucketReduction
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -23,7 +23,7 @@ def build(
     main: Group,
     experts: Mapping[str, Group],
     settings: ShardSettings,
-) -> tuple[list[Plan], list[Lane]]:
+) -> tuple[list[Plan], list[BucketReduction]]:
     """Agree with the other ranks on what is to be optimized, then plan it and allocate its state.
 
     Args:
@@ -34,7 +34,7 @@ def build(
         settings: the optimizer's settings.
 
     Returns:
-        Plans, and lanes in the order in which backward completes their gradients.
+        Plans, and reductions in the order in which backward completes their gradients.
 
     Raises:
         RankMismatchError: the ranks disagree; raised on every rank.
@@ -44,11 +44,15 @@ def build(
         by_group.setdefault(groups[param.group].get("expert_group", ""), []).append(param)
     # The main group first and always: it is where a rank that failed in its own checks says so.
     check_agreement(main, describe(by_group.pop("", []), groups, main, settings))
-    for name, members in sorted(by_group.items()):
-        check_agreement(experts[name], describe(members, groups, experts[name], settings))
+    with shared_failure(main):
+        for name, members in sorted(by_group.items()):
+            check_agreement(experts[name], describe(members, groups, experts[name], settings))
+    if experts:
+        # Ranks whose own expert groups agree learn here of groups that do not.
+        check_agreement(main, [])
     position = {id(param.tensor): number for number, param in enumerate(params)}
     plans: list[Plan] = []
-    placed: list[tuple[int, Lane]] = []
+    placed: list[tuple[int, BucketReduction]] = []
     for (name, _, _), members in _by_domain(params, groups, main, experts).items():
         group = experts[name] if name else main
         specs = [ParamSpec(p.name, tuple(p.tensor.shape), p.kind) for p in members]
@@ -56,10 +60,10 @@ def build(
         plan = make_plan(specs, group.size, settings.policy, numel)
         plans.append(plan)
         for bucket in plan.buckets:
-            lane = Lane(Bucket(bucket, group.rank, members), group, main.size)
-            placed.append((-position[id(members[bucket.params[0]].tensor)], lane))
+            reduction = BucketReduction(Bucket(bucket, group.rank, members), group, main.size)
+            placed.append((-position[id(members[bucket.params[0]].tensor)], reduction))
     placed.sort(key=lambda item: item[0])
-    return plans, [lane for _, lane in placed]
+    return plans, [reduction for _, reduction in placed]
 
 
 def describe(
@@ -80,6 +84,9 @@ def describe(
     for p in params:
         what = f"{p.kind} {str(p.tensor.dtype).removeprefix('torch.')} {tuple(p.tensor.shape)}"
         entries.append((f'parameter "{p.name}"', f"{what} in param group {p.group}"))
+        # float64, so that a different element is seldom lost; NaN equals NaN as text.
+        start = p.tensor.detach().sum(dtype=torch.float64).item()
+        entries.append((f'initial values of "{p.name}" with the sum', repr(start)))
     for field, value in settings.model_dump(mode="json").items():
         entries.append((f'setting "{field}"', repr(value)))
     for number in sorted({p.group for p in params}):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmuon.bucket import BoundParam
-from distmuon.config import GroupSettings, MuonSettings, parse
+from distmuon.bucket import BoundParam, form
+from distmuon.config import GroupSettings, UpdateSettings, parse
 from distmuon.errors import ConfigError, ParameterError
 from distmuon.plan import Kind
 
@@ -50,7 +50,7 @@ def to_groups(params: Params) -> list[dict[str, Any]]:
     return groups
 
 
-def complete_group(group: dict[str, Any], settings: MuonSettings, experts: Set[str] = frozenset()) -> None:
+def complete_group(group: dict[str, Any], settings: UpdateSettings, experts: Set[str] = frozenset()) -> None:
     """Fill a group's missing settings and check them all, in place.
 
     Args:
@@ -91,19 +91,6 @@ def check_group(group: Mapping[str, Any]) -> GroupSettings:
     return parse(GroupSettings, plain, "param group")
 
 
-def describe_group(group: Mapping[str, Any]) -> str:
-    """Write a group's settings down for comparison between ranks; they need not be legal.
-
-    Args:
-        group: a complete param group.
-
-    Returns:
-        Its settings as text.
-    """
-    values = {key: group[key] for key in GroupSettings.model_fields}
-    return repr({key: value.item() if isinstance(value, Tensor) else value for key, value in values.items()})
-
-
 def bind(
     groups: list[dict[str, Any]], first: int, others: Sequence[BoundParam] = ()
 ) -> tuple[list[BoundParam], list[BoundParam]]:
@@ -126,7 +113,7 @@ def bind(
         names = group.get("param_names") or [f"group{number}.param{i}" for i in range(len(tensors))]
         positions = group.get("positions") or [0] * len(tensors)
         for name, tensor, position in zip(names, tensors, positions, strict=True):
-            found.append((position, BoundParam(name, tensor, group["kind"], number)))
+            found.append((position, BoundParam(name, tensor, group["kind"], number, form(tensor))))
     found.sort(key=lambda item: item[0])
     params = [param for _, param in found]
     trained = [param for param in params if param.tensor.requires_grad]
@@ -136,8 +123,8 @@ def bind(
     return trained, [param for param in params if not param.tensor.requires_grad]
 
 
-def check_frozen(trained: list[BoundParam], frozen: list[BoundParam]) -> None:
-    """Make sure that what requires a gradient is still what did when the optimizer was built.
+def check_unchanged(trained: list[BoundParam], frozen: list[BoundParam]) -> None:
+    """Make sure that parameters are still what they were when the optimizer was built.
 
     Args:
         trained: parameters that required a gradient.
@@ -150,6 +137,11 @@ def check_frozen(trained: list[BoundParam], frozen: list[BoundParam]) -> None:
         if not param.tensor.requires_grad:
             raise ParameterError(
                 f'parameter "{param.name}" was frozen after the optimizer was built; freeze it before.'
+            )
+        if form(param.tensor) != param.form:
+            raise ParameterError(
+                f'parameter "{param.name}" was {param.form} when the optimizer was built and is {form(param.tensor)}; '
+                "cast, move or reshape the model before."
             )
     for param in frozen:
         if param.tensor.requires_grad:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from distmuon.clipping import Verdict, judge
 from distmuon.comm import Group
-from distmuon.errors import RankMismatchError, SynchronizationError
+from distmuon.errors import RankMismatchError
 
 # 2^20 settings fingerprints squared and summed over 4,096 ranks stay exact in float64.
 _FINGERPRINTS = 2**20
+
+_FAILED = "failed its own checks"
 
 Entries = Sequence[tuple[str, str]]
 
@@ -35,6 +37,9 @@ def check_agreement(group: Group, entries: Entries) -> None:
     if len(set(group.all_gather_text(digest))) == 1:
         return
     described = [json.loads(other) for other in group.all_gather_text(text)]
+    if all(other and other[0][0] == _FAILED for other in described):
+        # Each has an error of its own to raise.
+        return
     for rank, other in enumerate(described):
         if other != described[0]:
             raise RankMismatchError(_first_difference(described[0], rank, other))
@@ -66,7 +71,7 @@ def failure(error: ValueError) -> tuple[str, str]:
     Returns:
         A (what, value) pair.
     """
-    return f"{type(error).__name__}:", str(error)
+    return _FAILED, f"{type(error).__name__}: {error}"
 
 
 def vote(group: Group, sum_of_squares: Tensor, entries: Entries) -> Verdict:
@@ -96,47 +101,10 @@ def vote(group: Group, sum_of_squares: Tensor, entries: Entries) -> Verdict:
     return judge(total)
 
 
-def loss_scale(grad_scale: Tensor | None, found_inf: Tensor | None) -> float:
-    """What the loss was multiplied by, from the attributes that torch.amp.GradScaler sets for the length of a step.
-
-    Args:
-        grad_scale: the scale; None if GradScaler believes that the gradients are unscaled.
-        found_inf: None without a GradScaler.
-
-    Returns:
-        The scale; 1 without a GradScaler.
-
-    Raises:
-        SynchronizationError: ``GradScaler.unscale_`` was called on gradients that were already reduced.
-    """
-    if found_inf is None:
-        return 1.0
-    if grad_scale is None:
-        raise SynchronizationError(
-            "GradScaler.unscale_ came after the gradients were reduced, so it could not reach them; drop the call "
-            "and clip with optimizer.clip_grad_norm_(max_norm, loss_scale=scaler.get_scale())."
-        )
-    return float(grad_scale)
-
-
-def check_loss_scale(used: float, loss_scale: float) -> None:
-    """Make sure that clipping and stepping mean the same loss scale.
-
-    Args:
-        used: what ``clip_grad_norm_`` was given.
-        loss_scale: what ``step`` found.
-
-    Raises:
-        SynchronizationError: they differ.
-    """
-    if used != loss_scale:
-        raise SynchronizationError(
-            f"clip_grad_norm_ was given loss_scale = {used} and GradScaler has {loss_scale}; "
-            "call clip_grad_norm_(max_norm, loss_scale=scaler.get_scale())."
-        )
-
-
 def _first_difference(ours: list[list[str]], rank: int, theirs: list[list[str]]) -> str:
+    for failed, entries in ((0, ours), (rank, theirs)):
+        if entries and entries[0][0] == _FAILED:
+            return f"rank {failed} failed its own checks, which stops all ranks: {entries[0][1]}"
     for mine, other in zip(ours, theirs, strict=False):
         if mine != other:
             return (

@@ -11,7 +11,7 @@ from torch import Tensor
 from distmuon.clipping import clip_coefficient, judge
 from distmuon.config import GroupSettings, MuonSettings, NewtonSchulz, parse
 from distmuon.groups import Params, bind, check_group, complete_group, to_groups
-from distmuon.newton_schulz import DTYPES, orthogonalize
+from distmuon.newton_schulz import INPUT_DTYPES, orthogonalize
 from distmuon.scaling import rms_matched_scale
 from distmuon.update import adamw_, apply_, momentum_
 
@@ -117,6 +117,21 @@ class Muon(torch.optim.Optimizer):
                     self._update(parameter, grad if coefficient == 1.0 else grad * coefficient, hyper)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state dict.
+
+        Args:
+            state_dict: what ``state_dict`` returned.
+        """
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype; ours is float32 throughout.
+        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(ids, parameters, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
+
     def _update(self, parameter: Tensor, grad: Tensor, hyper: GroupSettings) -> None:
         state = self._state(parameter, hyper.kind)
         state["updates"] += 1
@@ -126,7 +141,7 @@ class Muon(torch.optim.Optimizer):
         if hyper.kind == "muon":
             ns = self.settings.ns
             inputs = momentum_(state["first_moment"], grad, hyper.momentum, hyper.nesterov)
-            direction = orthogonalize(inputs.to(DTYPES[ns.dtype]), ns)
+            direction = orthogonalize(inputs.to(INPUT_DTYPES[ns.dtype]), ns)
             apply_(weight, direction, hyper.lr, rms_matched_scale(*parameter.shape[-2:]), hyper.weight_decay)
         else:
             adamw_(

@@ -14,6 +14,8 @@ from distmuon.errors import ParameterError
 from distmuon.kernels import reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Precision of Newton-Schulz inputs before they are normalized; float16 would overflow or underflow there.
+INPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
 
 
 def orthogonalize(x: Tensor, ns: NewtonSchulz | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from distmuon.bucket import Bucket
 from distmuon.comm import Group, Pending
 from distmuon.completion import assemble, outgoing
 from distmuon.config import GroupSettings, NewtonSchulz
-from distmuon.newton_schulz import DTYPES, orthogonalize
+from distmuon.newton_schulz import INPUT_DTYPES, orthogonalize
 from distmuon.plan import Matrix
 from distmuon.scaling import rms_matched_scale
 from distmuon.update import apply_, momentum_
@@ -27,12 +27,12 @@ def momentum(bucket: Bucket, grad: Tensor, settings: Settings, ns: NewtonSchulz)
         bucket: this rank's bucket.
         grad: [shard] float32 mean gradient.
         settings: settings by param group.
-        ns: Newton-Schulz settings; inputs travel and are computed on in its dtype.
+        ns: Newton-Schulz settings, which decide the dtype that inputs travel in.
 
     Returns:
         [shard] Newton-Schulz inputs; elements that belong to AdamW are zero.
     """
-    inputs = torch.zeros_like(grad, dtype=DTYPES[ns.dtype])
+    inputs = torch.zeros_like(grad, dtype=INPUT_DTYPES[ns.dtype])
     for span in bucket.spans:
         if span.kind == "muon":
             group = settings[span.group]
@@ -107,7 +107,7 @@ def apply(
                 weights[span.part],
                 grad[span.part],
                 bucket.first_moment[span.part],
-                bucket.second_moment[span.second_part],
+                bucket.second_moment[span.second_moment_part],
                 step=bucket.updates,
                 lr=group.lr,
                 betas=group.betas,
@@ -115,6 +115,18 @@ def apply(
                 weight_decay=group.weight_decay,
             )
     return weights
+
+
+def unpack(gathering: list[tuple[Bucket, Pending]], keep: int) -> None:
+    """Write gathered weights into the parameters, oldest bucket first.
+
+    Args:
+        gathering: buckets and their all-gathers; finished ones are removed.
+        keep: number of all-gathers to leave under way.
+    """
+    while len(gathering) > keep:
+        bucket, pending = gathering.pop(0)
+        bucket.unpack(pending.wait())
 
 
 def gather(bucket: Bucket, weights: Tensor, group: Group) -> Pending:

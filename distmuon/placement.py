@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+# A bucket that could not be levelled is tried again when it has grown by this factor; more often takes too long.
+_GROWTH = 1.25
+
 
 class Run(NamedTuple):
     """Consecutive elements of one parameter; a cost above zero marks a matrix, which is best kept whole."""
@@ -81,13 +84,18 @@ def place_balanced(params: Iterable[list[Run]], world: int, bucket_numel: int) -
     placed: list[Shards] = []
     loads = [0] * world
     pending: list[Run] = []
+    too_few = 0
     for runs in _batches(params, bucket_numel):
         pending += runs
+        if len(pending) < _GROWTH * too_few:
+            continue
         dealt = _deal(pending, loads)
         if dealt.level:
             closed.append((pending, loads))
             placed.append(_pour(dealt.whole, dealt.rest, _shard_numel(pending, world)))
-            loads, pending = dealt.loads, []
+            loads, pending, too_few = dealt.loads, [], 0
+        else:
+            too_few = len(pending)
     while pending:
         dealt = _deal(pending, loads)
         if dealt.level or not closed:

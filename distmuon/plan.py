@@ -1,7 +1,6 @@
 """Placement as data: which elements live on which rank, and who orthogonalizes which matrix.
 
 Pure Python on shapes; no tensors, no process groups. ``make_plan`` is the one entry point, a ``Plan`` the result.
-A *brick* is one matrix, kept whole where possible; *mortar* is everything elementwise and fills any gap.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Literal
@@ -184,8 +183,8 @@ def make_plan(params: Sequence[ParamSpec], world: int, policy: Policy, bucket_nu
         bucket_numel: elements after which a bucket is closed.
 
     Returns:
-        The plan. Padding is less than d elements per bucket. ``balanced`` cuts a matrix only if equal shards cannot be
-        had otherwise, even with everything in one bucket.
+        The plan. Padding is less than d elements per bucket. ``balanced`` cuts a matrix only where its greedy placement
+        finds no equal shards of whole ones, even with everything in one bucket.
 
     Raises:
         ConfigError: unknown policy, or no ranks.
@@ -238,5 +237,5 @@ def _bucket(pieces: list[list[Piece]], shard_numel: int, params: Sequence[ParamS
                     if not ranks or ranks[-1] != rank:
                         ranks.append(rank)
     found = sorted(holders.items(), key=lambda item: (item[0].param, item[0].start))
-    matrices = tuple(Matrix(m.param, m.start, m.rows, m.cols, tuple(ranks)) for m, ranks in found)
+    matrices = tuple(replace(matrix, holders=tuple(ranks)) for matrix, ranks in found)
     return BucketPlan(shard_numel, tuple(tuple(shard) for shard in pieces), matrices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -11,6 +12,8 @@ from torch import nn
 
 from distmuon.errors import ConfigError
 from distmuon.plan import Kind
+
+log = logging.getLogger(__name__)
 
 # Gate modules of MoE libraries, by class name so that none has to be imported.
 _ROUTER_CLASSES = {"TopKGate"}
@@ -132,6 +135,8 @@ def _by_owner(parameter: nn.Parameter, owners: list[nn.Module], heads: set[int])
         return "adamw", "tied weight"
     if id(parameter) in heads:
         return "adamw", "LM head"
+    if parameter.ndim > 1 and isinstance(owners[0], nn.LayerNorm | nn.RMSNorm):
+        return "adamw", "norm"
     if isinstance(owners[0], nn.modules.conv._ConvNd):
         return "adamw", "convolution"
     if parameter.ndim == 2:
@@ -148,11 +153,19 @@ def _heads(model: nn.Module, head: nn.Module | None) -> set[int]:
     if found is not None:
         return {id(parameter) for parameter in cast(nn.Module, found).parameters()}
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    sizes, widths = {table.num_embeddings for table in tables}, {table.embedding_dim for table in tables}
+    shapes = {(table.num_embeddings, table.embedding_dim) for table in tables}
+    sizes, widths = {size for size, _ in shapes}, {width for _, width in shapes}
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    # Only the last linear layer, and not one back to the model's width that happens to be the number of positions.
-    return {
-        id(linear.weight)
-        for linear in linears[-1:]
-        if linear.out_features in sizes and (linear.out_features not in widths or linear.out_features == max(sizes))
-    }
+    if not sizes or not linears:
+        return set()
+    # A layer back to the model's width is hidden, even if there are as many positions.
+    if linears[-1].out_features in sizes - (widths - {max(sizes)}):
+        return {id(linears[-1].weight)}
+    like_a_head = [linear for linear in linears if (linear.out_features, linear.in_features) in shapes]
+    if like_a_head:
+        log.warning(
+            "%d linear layers have an embedding's shape but are not last; is one the LM head? Then name it: "
+            "param_groups(model, head=...)",
+            len(like_a_head),
+        )
+    return set()

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distmuon.config import GroupSettings
 from distmuon.errors import StateError
 from distmuon.groups import check_group
 from distmuon.plan import Plan
-from distmuon.reducer import Lane
+from distmuon.reducer import BucketReduction
 
 FORMAT = "distmuon-shard-1"
 
 
 def save(
-    lanes: Sequence[Lane], plans: Sequence[Plan], rank: int, packed_groups: list[dict[str, Any]]
+    reductions: Sequence[BucketReduction], plans: Sequence[Plan], rank: int, packed_groups: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Describe the shard.
 
     Args:
-        lanes: the optimizer's lanes.
+        reductions: the optimizer's reductions.
         plans: the plans they belong to.
         rank: this rank.
         packed_groups: param groups with indices in place of tensors.
@@ -27,14 +28,17 @@ def save(
     Returns:
         Dict of tensors and plain values; the tensors are the live state, not copies.
     """
-    state = {index: {**lane.bucket.state(), "updates": lane.bucket.updates} for index, lane in enumerate(lanes)}
+    state = {
+        index: {**reduction.bucket.state(), "updates": reduction.bucket.updates}
+        for index, reduction in enumerate(reductions)
+    }
     header = {"format": FORMAT, "rank": rank, "plans": [plan.digest for plan in plans]}
     return {"state": state, "param_groups": packed_groups, "shard": header}
 
 
 def check(
     state_dict: Mapping[str, Any],
-    lanes: Sequence[Lane],
+    reductions: Sequence[BucketReduction],
     plans: Sequence[Plan],
     rank: int,
     groups: Sequence[Mapping[str, Any]],
@@ -43,7 +47,7 @@ def check(
 
     Args:
         state_dict: what ``save`` returned.
-        lanes: the optimizer's lanes.
+        reductions: the optimizer's reductions.
         plans: the plans they belong to.
         rank: this rank.
         groups: the optimizer's param groups.
@@ -57,22 +61,27 @@ def check(
     header = state_dict.get("shard")
     if not isinstance(header, Mapping) or header.get("format") != FORMAT:
         raise StateError(f'the state dict was not saved by DistMuon: its "shard" is {header!r}, not {FORMAT!r}.')
-    if list(header["plans"]) != [plan.digest for plan in plans]:
+    if header.get("plans") != [plan.digest for plan in plans]:
         raise StateError(
             "the state dict belongs to another plan; load it with the world size, parameters, policy, bucket_mb and "
             "reduce_dtype it was saved with."
         )
-    if header["rank"] != rank:
-        raise StateError(f"the state dict is rank {header['rank']}'s shard and this is rank {rank}; load the own one.")
-    saved = [{k: v for k, v in group.items() if k != "params"} for group in state_dict["param_groups"]]
+    if header.get("rank") != rank:
+        raise StateError(
+            f"the state dict is rank {header.get('rank')}'s shard and this is rank {rank}; load the own one."
+        )
+    saved = [{k: v for k, v in group.items() if k != "params"} for group in state_dict.get("param_groups", ())]
     if len(saved) != len(groups):
         raise StateError(f"the state dict has {len(saved)} param groups and the optimizer has {len(groups)}.")
     for settings in saved:
+        missing = GroupSettings.model_fields.keys() - settings.keys()
+        if missing:
+            raise StateError(f"the state dict's param groups lack {sorted(missing)}; it is not complete.")
         check_group(settings)
-    for index, lane in enumerate(lanes):
-        if not isinstance(state_dict["state"].get(index, {}).get("updates"), int):
+    for index, reduction in enumerate(reductions):
+        if not isinstance(state_dict.get("state", {}).get(index, {}).get("updates"), int):
             raise StateError(f'state "updates" of bucket {index} is missing; the state dict is not complete.')
-        for key, tensor in lane.bucket.state().items():
+        for key, tensor in reduction.bucket.state().items():
             found = state_dict["state"][index].get(key)
             if found is None or found.shape != tensor.shape:
                 shape = None if found is None else tuple(found.shape)
@@ -80,15 +89,15 @@ def check(
     return saved
 
 
-def load(state_dict: Mapping[str, Any], lanes: Sequence[Lane]) -> None:
-    """Copy a checked state dict into the lanes.
+def load(state_dict: Mapping[str, Any], reductions: Sequence[BucketReduction]) -> None:
+    """Copy a checked state dict into the reductions.
 
     Args:
         state_dict: what ``check`` accepted.
-        lanes: the optimizer's lanes.
+        reductions: the optimizer's reductions.
     """
-    for index, lane in enumerate(lanes):
+    for index, reduction in enumerate(reductions):
         saved = state_dict["state"][index]
-        for key, tensor in lane.bucket.state().items():
+        for key, tensor in reduction.bucket.state().items():
             tensor.copy_(saved[key])
-        lane.bucket.updates = int(saved["updates"])
+        reduction.bucket.updates = int(saved["updates"])

@@ -40,8 +40,8 @@ def _needs_float32(x_BMN: Tensor) -> bool:
     Then products are computed in float32 and rounded to 16 bits, which is what an accelerator's matrix units do.
     """
     rows, columns = x_BMN.shape[-2:]
-    # oneDNN takes bfloat16 from 16^3 multiplications on, counted over the batch, and float16 on few CPUs at all.
-    tiny = x_BMN.dtype == torch.bfloat16 and min(rows, columns) * rows * columns <= 16**3
+    # oneDNN takes bfloat16 products of more than 16^3 multiplications, counted over the batch, and float16 on few CPUs.
+    tiny = x_BMN.dtype == torch.bfloat16 and min(rows, columns) <= 16
     return x_BMN.device.type == "cpu" and (tiny or x_BMN.dtype == torch.float16)
 
 

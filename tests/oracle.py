@@ -47,9 +47,7 @@ def relative(x: Tensor, reference: Tensor) -> float:
     return float((x.to(torch.float64) - reference).norm() / reference.norm())
 
 
-def mean_gradients(
-    per_rank: Sequence[Gradients], like: Mapping[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
+def mean_gradients(per_rank: Sequence[Gradients], like: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Mean over ranks of the gradients, a missing one counting as zero."""
     total = {name: torch.zeros(value.shape, dtype=dtype) for name, value in like.items()}
     for gradients in per_rank:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from distmuon.config import ShardSettings, parse
+from distmuon.config import PlacementSettings, parse
 from distmuon.errors import ConfigError
 from distmuon.plan import Kind
 
@@ -25,7 +25,9 @@ _ELSEWHERE = {
 _WITHOUT_EFFECT = {
     "allgather_bucket_size",
     "allgather_partitions",
+    "compute_grad_norm",
     "contiguous_gradients",
+    "ignore_unused_parameters",
     "reduce_bucket_size",
     "reduce_scatter",
     "round_robin_gradients",
@@ -33,7 +35,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-class JsonParams(ShardSettings):
+class JsonParams(PlacementSettings):
     """The ``optimizer.params`` table."""
 
     router: Literal["muon", "adamw"] = "muon"
@@ -83,7 +85,7 @@ def read_params(engine: Any) -> tuple[dict[str, Any], Kind]:
             raise ConfigError(f'optimizer.params: "{key}" is set by the DeepSpeed key {place}; move it there.')
     params = parse(JsonParams, table, "optimizer.params")
     model_dtype, accumulation = engine.get_data_types()
-    values = {name: getattr(params, name) for name in ShardSettings.model_fields if name != "max_grad_norm"}
+    values = {name: getattr(params, name) for name in PlacementSettings.model_fields}
     values["reduce_dtype"] = engine.communication_data_type
     values["grad_accum_dtype"] = accumulation if accumulation != model_dtype else None
     return values, params.router
@@ -113,7 +115,7 @@ def check_engine(engine: Any) -> None:
 def _refusals(engine: Any) -> list[tuple[bool, str, str]]:
     """Whether each unsupported setting is on, what it is called, and what to do about it."""
     stage = int(engine.zero_optimization_stage())
-    config, zero = engine._config, engine._config.zero_config
+    config, zero, clip = engine._config, engine._config.zero_config, engine.gradient_clipping()
     offloads = [getattr(zero, key, None) for key in ("offload_optimizer", "offload_param")]
     devices = [str(getattr(offload.device, "value", offload.device)) for offload in offloads if offload is not None]
     comm_dtypes = (torch.float32, torch.bfloat16)
@@ -149,6 +151,11 @@ def _refusals(engine: Any) -> list[tuple[bool, str, str]]:
             "zero_quantized_gradients",
             "set it to false",
         ),
+        (bool(getattr(zero, "zero_quantized_weights", False)), "zero_quantized_weights", "set it to false"),
+        (getattr(zero, "zero_hpz_partition_size", 1) != 1, "zero_hpz_partition_size", "set it to 1"),
+        (bool(zero.elastic_checkpoint), "zero_optimization.elastic_checkpoint", "set it to false"),
+        (bool(config.disable_allgather), "disable_allgather", "set it to false"),
+        (clip < 0, f"gradient_clipping = {clip}", "set it to 0, which does not clip, or above"),
         (bool(engine.is_deepcompile_enabled()), "compile.deepcompile", "set it to false"),
         (
             bool(getattr(engine, "torch_autocast_z0_gradscaler", None)),

@@ -19,8 +19,7 @@ def to_param_groups(
 
     Args:
         model: the engine's module; its module types decide the rule.
-        model_parameters: tensors, or groups as DeepSpeed makes them: expert groups have "moe" and "name". A group with
-            a "kind" of its own keeps it.
+        model_parameters: tensors, (name, tensor) pairs, or groups of them. A group with a "kind" of its own keeps it.
         router: rule for the gates of mixture-of-experts layers.
 
     Returns:
@@ -31,28 +30,38 @@ def to_param_groups(
     """
     table = routes(model, router)
     positions = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+    sources = _as_groups(model_parameters)
     groups: list[dict[str, Any]] = []
-    for source in _as_groups(model_parameters):
+    for source in sources:
         settings = {key: value for key, value in source.items() if key not in ("params", "param_names", "positions")}
-        if settings.get("moe"):
-            settings["expert_group"] = settings["name"]
-        split: dict[str, list[tuple[int, tuple[str, Tensor]]]] = {}
-        for parameter in source["params"]:
+        split: dict[tuple[str, str], list[tuple[int, tuple[str, Tensor]]]] = {}
+        for member in source["params"]:
+            parameter = member[1] if isinstance(member, tuple) else member
             position = positions.get(id(parameter))
             if position is None:
+                shape = tuple(getattr(parameter, "shape", ()))
                 raise ConfigError(
-                    f"model_parameters holds a tensor of shape {tuple(parameter.shape)} that is not a parameter of the "
-                    "model; pass parameters of the model given to deepspeed.initialize."
+                    f"model_parameters holds a {type(parameter).__name__} of shape {shape} that is not the model's; "
+                    "pass parameters of the model given to deepspeed.initialize."
                 )
             route = table[position]
             kind = settings.get("kind", "muon" if route.kind == "muon" else "adamw")
-            split.setdefault(kind, []).append((position, (route.name, parameter)))
-        for kind, members in sorted(split.items(), reverse=True):
-            params = [member for _, member in members]
-            positions_of = [position for position, _ in members]
-            groups.append({**settings, "kind": kind, "params": params, "positions": positions_of})
-    _check_some_muon(groups, model_parameters)
+            split.setdefault((kind, _expert_group(parameter)), []).append((position, (route.name, parameter)))
+        for (kind, expert_group), members in sorted(split.items(), reverse=True):
+            group = {**settings, "kind": kind, "params": [member for _, member in members]}
+            group["positions"] = [position for position, _ in members]
+            groups.append({**group, "expert_group": expert_group} if expert_group else group)
+    asked = any("kind" in source for source in sources)
+    if not asked and not any(group["kind"] == "muon" for group in groups):
+        raise ConfigError(
+            "the model has no hidden matrix for Muon; build it without zero.Init, or use an AdamW optimizer type."
+        )
     return groups
+
+
+def _expert_group(parameter: Tensor) -> str:
+    """Name of the expert-data-parallel group that DeepSpeed's MoE layer marked a parameter with, or ""."""
+    return "" if getattr(parameter, "allreduce", True) else str(getattr(parameter, "group_name", ""))
 
 
 def _as_groups(model_parameters: Iterable[Tensor | Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -60,11 +69,3 @@ def _as_groups(model_parameters: Iterable[Tensor | Mapping[str, Any]]) -> list[M
     if items and isinstance(items[0], Mapping):
         return [item for item in items if isinstance(item, Mapping)]
     return [{"params": items}]
-
-
-def _check_some_muon(groups: list[dict[str, Any]], given: Iterable[Tensor | Mapping[str, Any]]) -> None:
-    asked = any(isinstance(item, Mapping) and "kind" in item for item in given)
-    if not asked and not any(group["kind"] == "muon" for group in groups):
-        raise ConfigError(
-            "the model has no hidden matrix for Muon; build it without zero.Init, or use an AdamW optimizer type."
-        )

@@ -71,8 +71,9 @@ class ZeroDistMuon(DistMuon, ZeROOptimizer):
             What ``DistMuon.step`` returns.
         """
         skipped = self.skipped_steps
-        self._global_grad_norm = self.clip_grad_norm_(self.clip_grad or math.inf)
+        self._clip = self.clip_grad or math.inf, None
         result = super().step(closure)
+        self._global_grad_norm = self.grad_norm
         self.overflow = self.skipped_steps > skipped
         return result
 
@@ -92,7 +93,8 @@ class ZeroDistMuon(DistMuon, ZeROOptimizer):
 
         Args:
             state_dict_list: state dicts by rank; only this rank's is read.
-            load_optimizer_states: whether to restore anything; False leaves fresh state, and weights as loaded.
+            load_optimizer_states: whether to restore anything; False leaves the present state, and
+                weights as loaded.
             load_from_fp32_weights: whether 16-bit parameters continue from the saved master weights.
 
         Raises:
@@ -109,8 +111,8 @@ class ZeroDistMuon(DistMuon, ZeROOptimizer):
 
     def refresh_fp32_params(self) -> None:
         """Take the master weights of 16-bit parameters from the parameters."""
-        for lane in self._reducer.lanes:
-            if lane.bucket.master is not None:
-                lane.bucket.master.copy_(lane.bucket.pack_shard())
+        for reduction in self._reducer.reductions:
+            if reduction.bucket.master is not None:
+                reduction.bucket.master.copy_(reduction.bucket.pack_shard())
 
     _restore_from_bit16_weights = refresh_fp32_params

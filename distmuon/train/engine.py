@@ -34,6 +34,11 @@ def join_ranks() -> None:
     deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False)
 
 
+def device() -> torch.device:
+    """Where this rank's model lives."""
+    return torch.device(deepspeed.get_accelerator().current_device_name())
+
+
 def quiet_deepspeed() -> None:
     """Let DeepSpeed log warnings and errors only."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

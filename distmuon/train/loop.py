@@ -87,9 +87,6 @@ class Trainer:
             stop: when it was received on any rank, all ranks save a checkpoint and return before the end.
         """
         run = self.run
-        if self.done >= run.schedule.updates:
-            log.info("run %s is complete at update %d", run.name, self.done)
-            return
         self.first = self.done
         self._record_start()
         with Progress(run.schedule.updates, initial=self.done, enabled=self.rank == 0) as progress:
@@ -99,10 +96,11 @@ class Trainer:
                 if self.done % run.evaluation.every == 0 and self.done < run.schedule.updates:
                     score = self._evaluate(run.evaluation.sequences)
                     progress.note(f"update {self.done}: validation loss {score.loss:.4f}")
-                if self.done % run.checkpoint.every == 0 and self.done < run.schedule.updates:
+                if self.done == run.schedule.updates:
+                    break
+                if stopping or self.done % run.checkpoint.every == 0:
                     self._save()
-                if stopping and self.done < run.schedule.updates:
-                    self._save()
+                if stopping:
                     progress.note(f"stopped by SIGTERM after update {self.done}; go on with --resume auto")
                     return
             self._save()
@@ -245,7 +243,7 @@ class Trainer:
         """Traffic of the optimizer per update."""
         if self.dist_muon is None:
             return []
-        steps = self.done - self.first
+        steps = max(1, self.done - self.first)
         return [
             Collective(
                 collective=key.collective,

@@ -13,15 +13,16 @@ from distmuon.train import engine as engines
 from distmuon.train.config import RunConfig
 from distmuon.train.data import TokenData, prepare, validation_ids
 from distmuon.train.loop import Trainer
-from distmuon.train.metrics import FILE_NAME, ErrorRecord, MetricsWriter
+from distmuon.train.metrics import ErrorRecord, MetricsWriter
 from distmuon.train.model import MoETransformer
 from distmuon.train.preemption import StopRequest
+from distmuon.train.previous import Previous, find_previous
 from distmuon.train.report import write_report
 
 log = logging.getLogger(__name__)
 
 
-def train(run: RunConfig, local_rank: int = 0) -> Path:
+def train(run: RunConfig, local_rank: int = 0, world: int = 1) -> Path:
     """Train as configured; every rank calls it.
 
     Everything that can be wrong is checked before ranks wait for each other and before anything is written.
@@ -29,6 +30,7 @@ def train(run: RunConfig, local_rank: int = 0) -> Path:
     Args:
         run: the configuration.
         local_rank: this process's number on its machine; only number 0 shows progress of the preparation.
+        world: number of ranks.
 
     Returns:
         The run's directory with ``metrics.jsonl``, ``loss.png``, ``report.html`` and ``checkpoints``.
@@ -36,21 +38,25 @@ def train(run: RunConfig, local_rank: int = 0) -> Path:
     Raises:
         DistMuonError: a setting or source is not usable, or training cannot go on.
     """
-    resuming = _check_directory(run)
+    run.accumulation(world)
+    before = find_previous(run)
+    if before.complete:
+        log.info("%s is complete; nothing is left to do", run.directory)
+        return run.directory
     torch.set_float32_matmul_precision(run.precision.matmul)
     data = prepare(run.data, progress=local_rank == 0)
     _check_data(run, data)
     engines.quiet_deepspeed()
     engines.join_ranks()
-    run.accumulation(dist.get_world_size())
-    metrics = MetricsWriter(run.directory, append=resuming) if dist.get_rank() == 0 else None
+    _check_shared(run, before)
+    metrics = MetricsWriter(run.directory, append=before.started) if dist.get_rank() == 0 else None
     trainer: Trainer | None = None
     try:
         autocast = torch.bfloat16 if run.precision.autocast == "bfloat16" else None
         model = MoETransformer(run.model, data.vocab_size, run.seed, autocast)
         engine = engines.build_engine(run, model)
         trainer = Trainer(run, data, engine, metrics)
-        if resuming:
+        if before.started:
             trainer.resume()
         with StopRequest() as stop:
             trainer.fit(stop)
@@ -69,17 +75,15 @@ def train(run: RunConfig, local_rank: int = 0) -> Path:
     return run.directory
 
 
-def _check_directory(run: RunConfig) -> bool:
-    """Whether the run's directory holds a run to be continued; refuse one that must not be."""
-    started = run.directory / FILE_NAME
-    if not started.exists() or not started.stat().st_size:
-        return False
-    if run.resume == "auto":
-        return True
-    raise ConfigError(
-        f"{run.directory} already holds a run; continue it with --resume auto, choose another --name, "
-        "or remove the directory."
-    )
+def _check_shared(run: RunConfig, before: Previous) -> None:
+    """Make sure that all ranks see the same directory."""
+    started = torch.tensor([float(before.started)], device=engines.device())
+    dist.all_reduce(started)
+    if started.item() not in (0, dist.get_world_size()):
+        raise ConfigError(
+            f"out = {run.out!r} holds this run on {int(started)} of {dist.get_world_size()} ranks; "
+            "use a directory that all nodes share."
+        )
 
 
 def _check_data(run: RunConfig, data: TokenData) -> None:

@@ -38,7 +38,7 @@ def test_when_a_group_is_added() -> None:
         before = digest((opt.state_dict(), params))
         with pytest.raises(RankMismatchError) as caught:
             lr = -1.0 if rank == 1 else 1.0
-            opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "kind": "adamw", "lr": lr})
+            opt.add_param_group({"params": [("late", torch.nn.Parameter(torch.ones(3)))], "kind": "adamw", "lr": lr})
         assert digest((opt.state_dict(), params)) == before
         return str(caught.value), len(opt.param_groups), before
 
@@ -105,3 +105,112 @@ def test_plain_grad_scaler_that_parts_is_named() -> None:
         return str(caught.value)
 
     assert all("distmuon.GradScaler" in message for message in run_threads(2, body))
+
+
+@pytest.mark.parametrize("clipped_first", [False, True])
+def test_parameter_frozen_on_one_rank(clipped_first: bool) -> None:
+    def body(rank: int, world: int) -> str:
+        params = parameters()
+        opt = optimizer(params, Case())
+        before = digest((opt.state_dict(), params))
+        backward(params, gradients(Case(), 0, 0, rank, world))
+        if clipped_first:
+            opt.clip_grad_norm_(1.0)
+        next(iter(params.values())).requires_grad_(rank == 0)
+        with pytest.raises(RankMismatchError) as caught:
+            opt.step()
+        assert digest((opt.state_dict(), params)) == before
+        return str(caught.value)
+
+    assert all("rank 1 failed" in message and "frozen" in message for message in run_threads(2, body))
+
+
+@pytest.mark.parametrize("norms", [(1.0, 1e-3), (1.0, -1.0)])
+def test_ranks_clip_differently(norms: tuple[float, float]) -> None:
+    def body(rank: int, world: int) -> str:
+        params = parameters()
+        opt = optimizer(params, Case())
+        backward(params, gradients(Case(), 0, 0, rank, world))
+        with pytest.raises(RankMismatchError) as caught:
+            opt.clip_grad_norm_(norms[rank])
+        return str(caught.value)
+
+    assert all("max_norm" in message for message in run_threads(2, body))
+
+
+def test_learning_rate_changed_between_clip_and_step() -> None:
+    def body(rank: int, world: int) -> str:
+        params = parameters()
+        opt = optimizer(params, Case())
+        backward(params, gradients(Case(), 0, 0, rank, world))
+        opt.clip_grad_norm_(1.0)
+        opt.param_groups[0]["lr"] *= 1 + rank
+        with pytest.raises(RankMismatchError) as caught:
+            opt.step()
+        return str(caught.value)
+
+    assert all('"lr"' in message for message in run_threads(2, body))
+
+
+def test_state_that_fits_one_rank_only() -> None:
+    """Rank 0's shard given to all, as a script that saves on rank 0 only would do."""
+
+    def body(rank: int, world: int) -> str:
+        opt = optimizer(parameters(), Case())
+        saved = {**opt.state_dict(), "shard": {**opt.state_dict()["shard"], "rank": 0}}
+        with pytest.raises(RankMismatchError) as caught:
+            opt.load_state_dict(saved)
+        return str(caught.value)
+
+    assert all("rank 1 failed" in message and "rank 0's shard" in message for message in run_threads(2, body))
+
+
+def test_parameters_that_start_different() -> None:
+    def body(rank: int, world: int) -> str:
+        with pytest.raises(RankMismatchError) as caught:
+            distmuon.DistMuon([("weight", torch.nn.Parameter(torch.full((3, 3), 1.0 + rank)))])
+        return str(caught.value)
+
+    assert all('initial values of "weight"' in message for message in run_threads(2, body))
+
+
+def test_gradient_replaced_after_it_was_reduced() -> None:
+    def body(rank: int, world: int) -> str:
+        params = parameters()
+        opt = optimizer(params, Case())
+        backward(params, gradients(Case(), 0, 0, rank, world))
+        for param in params.values():
+            param.grad = None if param.grad is None else param.grad * 0
+        with pytest.raises(SynchronizationError) as caught:
+            opt.step()
+        return str(caught.value)
+
+    assert all("changed after it was reduced" in message for message in run_threads(2, body))
+
+
+def test_gradient_assigned_by_hand_is_accumulated() -> None:
+    """With float32 accumulation hooks take gradients away; one that came without a backward counts all the same."""
+
+    def body(rank: int, world: int) -> list[bool]:
+        params = {name: torch.nn.Parameter(torch.ones(4, 4)) for name in ("hooked", "by_hand")}
+        opt = distmuon.DistMuon(list(params.items()), lr=0.1, grad_accum_dtype=torch.float32)
+        params["by_hand"].grad = torch.eye(4)
+        (params["hooked"] * torch.eye(4)).sum().backward()
+        opt.step()
+        return [bool((param.detach() != 1).any()) for param in params.values()]
+
+    assert run_threads(2, body) == [[True, True], [True, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_model_cast_after_construction(dtype: torch.dtype) -> None:
+    def body(rank: int, world: int) -> str:
+        model = torch.nn.Linear(4, 4)
+        torch.nn.init.ones_(model.weight), torch.nn.init.ones_(model.bias)
+        opt = distmuon.DistMuon(model.named_parameters())
+        model.to(dtype)
+        with pytest.raises(ValueError, match="was float32") as caught:
+            opt.step()
+        return str(caught.value)
+
+    assert all("cast, move or reshape" in message for message in run_threads(2, body))

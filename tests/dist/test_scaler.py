@@ -122,3 +122,24 @@ def test_clip_coefficient_has_the_usual_floor() -> None:
     against = reference(case, 2, source)
     for run in run_threads(2, train, case, None, source):
         assert update_error(run, against) < EXACT_NS
+
+
+@pytest.mark.parametrize("accumulate", [None, torch.float32])
+@pytest.mark.parametrize("unused", ["one", "all"])
+def test_scaler_with_gradients_on_some_ranks_only(unused: str, accumulate: torch.dtype | None) -> None:
+    """The order and number of collectives must not depend on which parameters a rank used."""
+
+    def body(rank: int, world: int) -> tuple[int, float]:
+        params = parameters()
+        opt = optimizer(params, Case(), grad_accum_dtype=accumulate)
+        scaler = distmuon.GradScaler("cpu", init_scale=4.0)
+        scaler.scale(torch.ones(()))
+        given = gradients(Case(), 0, 0, rank, world)
+        if rank == 1:
+            given = dict.fromkeys(given) if unused == "all" else {**given, next(iter(given)): None}
+        backward(params, {name: None if grad is None else grad * 4.0 for name, grad in given.items()})
+        scaler.step(opt)
+        scaler.update()
+        return opt.skipped_steps, scaler.get_scale()
+
+    assert run_threads(2, body) == [(0, 4.0), (0, 4.0)]

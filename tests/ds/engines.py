@@ -163,8 +163,8 @@ def shard_parts(engine: Any, key: str) -> list[tuple[str, int, Tensor]]:
     """(Global name, first element, values) of this rank's part of the master weights or the momentum."""
     names = {id(parameter): name for name, parameter in engine.named.items()}
     parts = []
-    for lane in engine.optimizer._reducer.lanes:
-        bucket = lane.bucket
+    for reduction in engine.optimizer._reducer.reductions:
+        bucket = reduction.bucket
         for piece in bucket.plan.pieces[bucket.rank]:
             values = bucket.state()[key][piece.offset : piece.offset + piece.length]
             parts.append((names[id(bucket.params[piece.param].tensor)], piece.start, values))

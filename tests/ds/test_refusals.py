@@ -185,19 +185,16 @@ def named_pairs(rank: int, world: int, group: Any, routed: bool) -> Refusal:
     return attempt(lambda: advance(build(config(), None, groups=pairs), 0, 1))
 
 
-@pytest.mark.xfail(strict=True, reason="named pairs end in an AttributeError")
 @pytest.mark.parametrize("routed", [False, True])
 def test_named_pairs_are_taken_or_refused(ds2: RankPool, routed: bool) -> None:
     for error in ds2.run(2, named_pairs, routed):
         assert error is None or "ConfigError" in error[0], error
 
 
-@pytest.mark.xfail(strict=True, reason="raised by the first step, as max_norm")
 def test_a_negative_clip_is_refused_before_training(ds2: RankPool) -> None:
     check(ds2.run(2, refuse, config(gradient_clipping=-1.0)), "gradient_clipping", "0")
 
 
-@pytest.mark.xfail(strict=True, reason="keys that are refused are listed as legal")
 def test_listed_keys_are_legal(ds2: RankPool) -> None:
     error = ds2.run(2, refuse, config(params={"zzz": 1}))[0]
     assert "legal keys are" in error[1]

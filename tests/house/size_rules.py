@@ -126,8 +126,7 @@ def _rank_aware(source: Source) -> Iterator[str]:
     for node in source.nodes:
         chain = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
         if chain == "torch.distributed" or any(
-            module == "torch.distributed" or module.startswith("torch.distributed.")
-            for module in _imported(node)
+            module == "torch.distributed" or module.startswith("torch.distributed.") for module in _imported(node)
         ):
             where = f"{source.path}:{getattr(node, 'lineno', 0)}"
             yield f"{where}: uses torch.distributed; collectives belong to comm"

@@ -36,9 +36,7 @@ def test_base_is_nvidias_pytorch_with_a_tag_from_an_argument(dockerfile: list[tu
 
 
 def test_pip_keeps_the_torch_of_the_image_and_asks_for_no_apex(dockerfile: list[tuple[str, str]]) -> None:
-    installs = [
-        command for run in of(dockerfile, "RUN") for command in run.split("&&") if "pip install" in command
-    ]
+    installs = [command for run in of(dockerfile, "RUN") for command in run.split("&&") if "pip install" in command]
     assert len(installs) == 1
     words = shlex.split(installs[0])
     assert words[words.index("--constraint") + 1] == "constraints.txt"
@@ -67,9 +65,7 @@ def test_the_container_does_not_run_as_root(dockerfile: list[tuple[str, str]]) -
 def test_everything_copied_exists_and_is_in_the_build_context(dockerfile: list[tuple[str, str]]) -> None:
     ignore = (REPO / ".dockerignore").read_text().split()
     assert ignore[0] == "*"
-    copied = [
-        word for rest in of(dockerfile, "COPY") for word in rest.split()[:-1] if not word.startswith("--")
-    ]
+    copied = [word for rest in of(dockerfile, "COPY") for word in rest.split()[:-1] if not word.startswith("--")]
     assert {"setup.py", "distmuon", "kernels", "configs", "launch"} <= set(copied)
     for name in copied:
         assert (REPO / name).exists(), name

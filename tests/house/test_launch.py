@@ -34,9 +34,7 @@ def test_scripts_parse_and_are_executable(script: str) -> None:
 
 def test_readme_describes_every_file() -> None:
     text = (LAUNCH / "README.md").read_text()
-    assert [
-        path.name for path in LAUNCH.iterdir() if path.name != "README.md" and f"`{path.name}`" not in text
-    ] == []
+    assert [path.name for path in LAUNCH.iterdir() if path.name != "README.md" and f"`{path.name}`" not in text] == []
 
 
 def test_local() -> None:
@@ -91,9 +89,7 @@ def test_deepspeed(tmp_path: Path) -> None:
 
 def test_deepspeed_refuses_a_missing_hostfile() -> None:
     environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "HOSTFILE": "/nowhere/hostfile"}
-    done = subprocess.run(
-        [LAUNCH / "deepspeed.sh"], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([LAUNCH / "deepspeed.sh"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "HOSTFILE=/nowhere/hostfile is not a file" in done.stderr
 
@@ -125,9 +121,7 @@ class Slurm:
         self.root = root
         self.program("scontrol", '[[ "$1" != show ]] || printf "node-07\\nnode-08\\nnode-09\\n"')
         self.program("scancel", f'echo 0 >"{root}/status.new"; mv "{root}/status.new" "{root}/status"')
-        self.program(
-            "srun", f'until [[ -f "{root}/status" ]]; do sleep 0.02; done; exit "$(cat "{root}/status")"'
-        )
+        self.program("srun", f'until [[ -f "{root}/status" ]]; do sleep 0.02; done; exit "$(cat "{root}/status")"')
 
     def program(self, name: str, body: str) -> None:
         path = self.root / name

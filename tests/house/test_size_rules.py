@@ -67,9 +67,7 @@ def test_banned_calls(tmp_path: Path, line: str, word: str) -> None:
     assert word in problems(tmp_path, {"distmuon/a.py": f'"""Doc."""\n{line}\n'})[0]
 
 
-@pytest.mark.parametrize(
-    "name", ["distmuon/cli.py", "distmuon/cli/plan.py", "benchmarks/step.py", "tests/a.py"]
-)
+@pytest.mark.parametrize("name", ["distmuon/cli.py", "distmuon/cli/plan.py", "benchmarks/step.py", "tests/a.py"])
 def test_commands_benchmarks_and_tests_may_print(tmp_path: Path, name: str) -> None:
     assert problems(tmp_path, {name: '"""Doc."""\nprint(1)\nmodel.eval()\n'}) == []
 
@@ -93,9 +91,7 @@ def test_public_names_are_documented_and_typed(tmp_path: Path, text: str, word: 
     assert word in problems(tmp_path, {"kernels/a.py": text})[0]
 
 
-@pytest.mark.parametrize(
-    "private", ["def _f(x): ...", "class _A:\n    def f(self, x): ...", "X = lambda x: x"]
-)
+@pytest.mark.parametrize("private", ["def _f(x): ...", "class _A:\n    def f(self, x): ...", "X = lambda x: x"])
 def test_private_names_are_free(tmp_path: Path, private: str) -> None:
     assert problems(tmp_path, {"distmuon/a.py": f'"""Doc."""\n\n{private}\n'}) == []
 
@@ -103,9 +99,7 @@ def test_private_names_are_free(tmp_path: Path, private: str) -> None:
 def test_asserts_are_rare(tmp_path: Path) -> None:
     raises = 'def f() -> None:\n    """Doc."""\n' + "    raise ValueError\n" * 5
     assert problems(tmp_path, {"distmuon/a.py": f'"""Doc."""\n{raises}    assert True\n'}) == []
-    (found,) = problems(
-        tmp_path, {"distmuon/a.py": f'"""Doc."""\n{raises}    assert True\n    assert True\n'}
-    )
+    (found,) = problems(tmp_path, {"distmuon/a.py": f'"""Doc."""\n{raises}    assert True\n    assert True\n'})
     assert found.startswith("5 raises for 2 asserts")
 
 

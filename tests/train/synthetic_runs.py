@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-
 ROUTING = [
     {"module": "layers.0.attention", "kind": "muon", "parameters": 300, "tensors": 3},
     {"module": "layers.1.attention", "kind": "muon", "parameters": 300, "tensors": 3},

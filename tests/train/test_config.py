@@ -159,7 +159,7 @@ def test_unknown_keys(field: str, sentence: str) -> None:
 def test_shapes_that_do_not_fit(model: dict[str, Any], sentence: str) -> None:
     text = refusal({"model": model})
     assert sentence in text
-    assert text.startswith('"model" = ')
+    assert text.startswith('"model" is not legal: ')
 
 
 @pytest.mark.parametrize(

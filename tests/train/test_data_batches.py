@@ -43,9 +43,7 @@ def test_resumes_at_any_position() -> None:
     used = SequenceOrder(NUM_TOKENS, SEQ_LEN, seed=0)
     for start, count in ((0, 0), (0, 1), (99, 2), (100, 100), (250, 100), (7, 300), (1, 3)):
         assert np.array_equal(used.ids(start, count), whole[start : start + count])
-        assert np.array_equal(
-            SequenceOrder(NUM_TOKENS, SEQ_LEN, 0).ids(start, count), whole[start : start + count]
-        )
+        assert np.array_equal(SequenceOrder(NUM_TOKENS, SEQ_LEN, 0).ids(start, count), whole[start : start + count])
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -88,13 +86,9 @@ def test_refused() -> None:
         lambda: validation_ids(100, 100, 1),
         lambda: gather(np.zeros(100, dtype=np.uint16), np.array([0]), 100),
     ):
-        with pytest.raises(
-            ConfigError, match="100 tokens, but a sequence of seq_len = 100 needs 101; use a short"
-        ):
+        with pytest.raises(ConfigError, match="100 tokens, but a sequence of seq_len = 100 needs 101; use a short"):
             build()
-    with pytest.raises(
-        ConfigError, match="101 validation sequences of 10 tokens .* 1001 tokens holds 100; ask for"
-    ):
+    with pytest.raises(ConfigError, match="101 validation sequences of 10 tokens .* 1001 tokens holds 100; ask for"):
         validation_ids(NUM_TOKENS, SEQ_LEN, 101)
     with pytest.raises(ConfigError, match="0 validation sequences"):
         validation_ids(NUM_TOKENS, SEQ_LEN, 0)

@@ -34,9 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TokenData:
 def test_figures(data: TokenData) -> None:
     assert data.vocab_size == 4096
     assert data.train.dtype == data.val.dtype == np.uint16
-    counts = {
-        split: [data.meta[split][k] for k in ("documents", "tokens", "bytes")] for split in ("train", "val")
-    }
+    counts = {split: [data.meta[split][k] for k in ("documents", "tokens", "bytes")] for split in ("train", "val")}
     assert counts == {"train": [238, 2_722_810, 11_581_583], "val": [11, 141_316, 604_168]}
     assert (len(data.train), len(data.val)) == (2_722_810, 141_316)
     assert data.bytes_per_token == pytest.approx(4.2753, abs=1e-4)
@@ -85,9 +83,7 @@ def test_same_files_for_any_number_of_threads(tmp_path: Path) -> None:
 
 
 def test_too_few_documents_for_a_year_held_out(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match="5 documents, which give 5 training and 0 validation documents .*by year"
-    ):
+    with pytest.raises(DataError, match="5 documents, which give 5 training and 0 validation documents .*by year"):
         prepare(DataConfig(max_docs=5, cache_dir=str(tmp_path)), progress=False)
 
 

@@ -82,9 +82,7 @@ def test_jsonl(run: Prepare, tmp_path: Path, name: str) -> None:
     assert len(documents(run(f"jsonl:{name}#body", max_docs=20))) == 20
     with pytest.raises(DataError, match=f'{name}:1 has no field "text"; name one of id, body'):
         run(f"jsonl:{name}")
-    with pytest.raises(
-        DataError, match=f'field "id" of .*{name}:1 holds int, not text; name one of id, body'
-    ):
+    with pytest.raises(DataError, match=f'field "id" of .*{name}:1 holds int, not text; name one of id, body'):
         run(f"jsonl:{name}#id")
 
 
@@ -187,9 +185,7 @@ def test_bin(run: Prepare, tmp_path: Path) -> None:
     train, val = np.arange(500, dtype=np.uint32) * 200, np.arange(50, dtype=np.uint32)
     train.tofile(tmp_path / "train.bin")
     val.tofile(tmp_path / "val.bin")
-    with pytest.raises(
-        DataError, match=r'no .*meta.json; write e.g. {"dtype": "uint16", "vocab_size": 50257}'
-    ):
+    with pytest.raises(DataError, match=r'no .*meta.json; write e.g. {"dtype": "uint16", "vocab_size": 50257}'):
         run("bin:train.bin")
     for meta, words in (
         ("{", "must hold"),

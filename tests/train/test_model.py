@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distmuon.routing import routes
 from distmuon.train.config import ModelConfig, load_run
-from distmuon.train.model import MoETransformer, Output, initialize, rotary_angles, rotate
+from distmuon.train.model import Attention, MoETransformer, Output, initialize, rotary_angles, rotate
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 VOCABULARY = 64
@@ -165,6 +165,24 @@ def test_rotary_products_depend_on_the_distance_only() -> None:
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
     assert float(products.diagonal(0)[0]) == pytest.approx(float(q @ k), abs=1e-5)
     assert len({round(float(products.diagonal(s)[0]), 3) for s in range(-5, 6)}) == 11
+
+
+def test_attention_depends_on_distances_only() -> None:
+    """The same tokens, five positions later."""
+    attention = Attention(config())
+    x = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
+    cos, sin = rotary_angles(17, config(), torch.device("cpu"))
+    with torch.no_grad():
+        early, late = attention(x, cos[:12], sin[:12]), attention(x, cos[5:], sin[5:])
+        assert not torch.allclose(attention(x, cos[:1], sin[:1]), early, atol=1e-3)
+    torch.testing.assert_close(early, late, rtol=0, atol=1e-5)
+
+
+def test_embeddings_enter_at_unit_scale() -> None:
+    model, x, seen = build(), tokens(), []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.logits(x)
+    torch.testing.assert_close(seen, [model.embedding.weight[x] * 4.0])
 
 
 def test_rotary_frequencies() -> None:

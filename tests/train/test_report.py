@@ -78,9 +78,7 @@ def test_result_beside_the_other_run(muon: Path, adamw: Path) -> None:
     assert page.row("wall time") == ["75.00 s", "75.00 s"]
     assert page.row("tokens per second (median)") == ["400", "400"]
     assert "Final validation loss of muon-run is 10.00% lower than that of adamw-run." in page.text
-    reached = (
-        "muon-run reached the final loss of adamw-run by step 15 of 20: a speed-up of at least 1.33 in steps."
-    )
+    reached = "muon-run reached the final loss of adamw-run by step 15 of 20: a speed-up of at least 1.33 in steps."
     assert reached in page.text
     assert "failed" not in page.text
     assert "not finished" not in page.text
@@ -155,10 +153,7 @@ def test_hostile_names_are_text(tmp_path: Path, muon: Path) -> None:
 
 
 def test_labels_are_short_printable_and_distinct(tmp_path: Path) -> None:
-    paths = [
-        write_run(tmp_path / f"r{i}", name, [1.0])
-        for i, name in enumerate(["_a\n\x1b[2J", "x" * 99, "x" * 99])
-    ]
+    paths = [write_run(tmp_path / f"r{i}", name, [1.0]) for i, name in enumerate(["_a\n\x1b[2J", "x" * 99, "x" * 99])]
     labels = [run.label for run in load_runs(paths[0], paths[1:])]
     assert labels == ["_a??[2J", "x" * 37 + "...", "x" * 37 + "... (2)"]
     render(paths[0], *paths[1:])

@@ -27,9 +27,7 @@ def test_thin_keeps_the_extremes() -> None:
 def test_the_figure_of_a_long_run_is_thinned_and_names_its_runs(tmp_path: Path) -> None:
     long = write_run(tmp_path / "long", "_$x_{$", [3.0 + math.sin(step) for step in range(3000)])
     drawn = figure(load_runs(long), LIGHT)
-    assert all(
-        0 < len(np.asarray(line.get_xdata())) <= 1000 for axes in drawn.axes for line in axes.lines[:2]
-    )
+    assert all(0 < len(np.asarray(line.get_xdata())) <= 1000 for axes in drawn.axes for line in axes.lines[:2])
     labels = [axes.get_ylabel() for axes in drawn.axes]
     assert labels == ["loss (nats per token)", "learning rate", "gradient norm"]
     assert {axes.get_xlabel() for axes in drawn.axes} == {"optimizer step"}

@@ -56,10 +56,10 @@ def test_the_table_is_not_changed() -> None:
         ({"rate": 1.0, "inner": {"xyz": 2}}, 'file.toml: unknown key "inner.xyz"; legal keys are depth, width.'),
         ({"rate": 1.0, "xyz": 2}, 'file.toml: unknown key "xyz"; legal keys are inner, rate.'),
         ({}, 'file.toml: "rate" is missing and has no default; add it.'),
-        ({"rate": -1.0}, 'file.toml: "rate" = -1.0 is not legal: Input should be greater than or equal to 0.'),
+        ({"rate": -1.0}, 'file.toml: "rate" = -1.0 is not legal: it must be greater than or equal to 0.'),
         (
             {"rate": 1.0, "inner": {"depth": 4.5}},
-            'file.toml: "inner.depth" = 4.5 is not legal: Input should be a valid integer.',
+            'file.toml: "inner.depth" = 4.5 is not legal: it must be a valid integer.',
         ),
     ],
 )
@@ -128,13 +128,13 @@ def test_every_setting_has_its_range_tested() -> None:
 @pytest.mark.parametrize(
     ("table", "problem"),
     [
-        ({"steps": 0}, '"steps" = 0 is not legal: Input should be greater than or equal to 1.'),
-        ({"steps": 21}, '"steps" = 21 is not legal: Input should be less than or equal to 20.'),
+        ({"steps": 0}, '"steps" = 0 is not legal: it must be greater than or equal to 1.'),
+        ({"steps": 21}, '"steps" = 21 is not legal: it must be less than or equal to 20.'),
         (
             {"dtype": "float64"},
-            "\"dtype\" = 'float64' is not legal: Input should be 'float32', 'bfloat16' or 'float16'.",
+            "\"dtype\" = 'float64' is not legal: it must be 'float32', 'bfloat16' or 'float16'.",
         ),
-        ({"preset": "mine"}, "\"preset\" = 'mine' is not legal: Input should be 'papers'."),
+        ({"preset": "mine"}, "\"preset\" = 'mine' is not legal: it must be 'papers'."),
         ({"step": 5}, 'unknown key "step"; did you mean "steps"?'),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -234,3 +235,35 @@ def test_arguments_are_those_of_distmuon() -> None:
 def test_empty() -> None:
     with pytest.raises(ConfigError, match="params is empty"):
         Muon([])
+
+
+def test_loaded_state_stays_float32() -> None:
+    """torch would cast momentum and master weights to the 16-bit parameters' dtype."""
+    runs = []
+    for reload in (False, True):
+        params = {name: nn.Parameter(p.detach().bfloat16()) for name, p in parameters().items()}
+        optimizer = Muon(groups(params), lr=0.01)
+        for step in range(4):
+            if reload and step == 2:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = Muon(groups(params), lr=0.01)
+                optimizer.load_state_dict(saved)
+            give(params, {name: grad.bfloat16() for name, grad in gradients(step).items()})
+            optimizer.step()
+        runs.append([state for p in params.values() for state in optimizer.state[p].values()])
+    for once, again in zip(*runs, strict=True):
+        assert torch.equal(torch.as_tensor(once), torch.as_tensor(again))
+        assert not isinstance(again, torch.Tensor) or again.dtype == torch.float32
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("size", [1e-9, 1e6])
+def test_float16_newton_schulz_of_any_size(build: Any, size: float) -> None:
+    moved = []
+    for dtype in ("float32", "float16"):
+        params = {"weight": nn.Parameter(torch.zeros(4, 4))}
+        optimizer = build([{"params": [params["weight"]], "kind": "muon"}], lr=1.0, ns=NewtonSchulz(dtype=dtype))
+        give(params, {"weight": torch.eye(4) * size})
+        optimizer.step()
+        moved.append(params["weight"].detach())
+    torch.testing.assert_close(moved[1], moved[0], rtol=0.02, atol=0.002)
