@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distmuon.placement import Piece
-from distmuon.plan import BucketPlan, Kind, Matrix, overlap
+from distmuon.plan import BucketPlan, Kind, Matrix
 
 
 @dataclass(frozen=True)
@@ -190,17 +190,12 @@ class Bucket:
         return spans
 
     def _held(self) -> list[HeldPiece]:
-        held = []
-        for matrix in self.plan.matrices:
-            if self.rank not in matrix.holders:
-                continue
-            for piece in self.plan.pieces[self.rank]:
-                start, length = overlap(piece, matrix)
-                if length:
-                    offset = piece.offset + start - piece.start
-                    group = self.params[matrix.param].group
-                    held.append(HeldPiece(matrix, group, offset, start - matrix.start, length))
-        return held
+        return [
+            HeldPiece(matrix, self.params[matrix.param].group, *part)
+            for matrix in self.plan.matrices
+            if self.rank in matrix.holders
+            for part in self.plan.parts(self.rank, matrix)
+        ]
 
     def _zeros(self, numel: int) -> Tensor:
         return torch.zeros(numel, dtype=torch.float32, device=self.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distmuon.bucket import Bucket
-from distmuon.plan import Matrix, overlap
+from distmuon.plan import Matrix
 
 
 def outgoing(bucket: Bucket, shard: Tensor) -> tuple[Tensor, list[int], list[int]]:
@@ -23,10 +23,10 @@ def outgoing(bucket: Bucket, shard: Tensor) -> tuple[Tensor, list[int], list[int
     sent, received = [0] * bucket.world, [0] * bucket.world
     for other in range(bucket.world):
         for matrix in _shared(bucket, other):
-            for start, length in _pieces(bucket, bucket.rank, matrix):
-                parts.append(shard[start : start + length])
-                sent[other] += length
-            received[other] += sum(length for _, length in _pieces(bucket, other, matrix))
+            for part in bucket.plan.parts(bucket.rank, matrix):
+                parts.append(shard[part.offset : part.offset + part.length])
+                sent[other] += part.length
+            received[other] += sum(part.length for part in bucket.plan.parts(other, matrix))
     return torch.cat(parts) if parts else shard[:0], sent, received
 
 
@@ -53,11 +53,9 @@ def assemble(bucket: Bucket, shard: Tensor, received: Tensor) -> dict[Matrix, Te
     for other in range(bucket.world):
         for matrix in _shared(bucket, other):
             flat = matrices[matrix].view(-1)
-            for piece in bucket.plan.pieces[other]:
-                start, length = overlap(piece, matrix)
-                within = start - matrix.start
-                flat[within : within + length].copy_(received[offset : offset + length])
-                offset += length
+            for part in bucket.plan.parts(other, matrix):
+                flat[part.within : part.within + part.length].copy_(received[offset : offset + part.length])
+                offset += part.length
     assert offset == received.numel()
     return matrices
 
@@ -67,13 +65,3 @@ def _shared(bucket: Bucket, other: int) -> list[Matrix]:
     if other == bucket.rank:
         return []
     return [m for m in bucket.plan.matrices if m.cut and bucket.rank in m.holders and other in m.holders]
-
-
-def _pieces(bucket: Bucket, rank: int, matrix: Matrix) -> list[tuple[int, int]]:
-    """(Offset in the rank's shard, length) of each piece of a matrix."""
-    found = []
-    for piece in bucket.plan.pieces[rank]:
-        start, length = overlap(piece, matrix)
-        if length:
-            found.append((piece.offset + start - piece.start, length))
-    return found

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from distmuon.errors import ConfigError
 from distmuon.placement import Piece, Run, place_balanced, place_flat
@@ -66,6 +66,14 @@ class Matrix:
         return len(self.holders) > 1
 
 
+class Part(NamedTuple):
+    """Neighbouring elements of a matrix: where they start in the shard and in the matrix, and how many they are."""
+
+    offset: int
+    within: int
+    length: int
+
+
 @dataclass(frozen=True)
 class BucketPlan:
     """One reduce-scatter and one all-gather: per rank the pieces of its shard, in shard order."""
@@ -78,6 +86,34 @@ class BucketPlan:
     def params(self) -> tuple[int, ...]:
         """Indices of the parameters with elements in this bucket, ascending."""
         return tuple(sorted({piece.param for rank in self.pieces for piece in rank}))
+
+    def parts(self, rank: int, matrix: Matrix) -> list[Part]:
+        """Where the elements of a matrix lie in a rank's shard.
+
+        Args:
+            rank: the rank.
+            matrix: a matrix of this bucket.
+
+        Returns:
+            One part per piece of the shard that touches the matrix, in shard order.
+        """
+        found = []
+        for piece in self._by_param[rank].get(matrix.param, ()):
+            start, length = overlap(piece, matrix)
+            if length:
+                found.append(Part(piece.offset + start - piece.start, start - matrix.start, length))
+        return found
+
+    @cached_property
+    def _by_param(self) -> list[dict[int, list[Piece]]]:
+        """For each rank its pieces by parameter."""
+        by_rank: list[dict[int, list[Piece]]] = []
+        for pieces in self.pieces:
+            by_param: dict[int, list[Piece]] = {}
+            for piece in pieces:
+                by_param.setdefault(piece.param, []).append(piece)
+            by_rank.append(by_param)
+        return by_rank
 
 
 @dataclass(frozen=True)
@@ -126,11 +162,11 @@ class Plan:
             Bytes sent per step; 0 if no matrix is cut.
         """
         return itemsize * sum(
-            (len(matrix.holders) - 1) * overlap(piece, matrix)[1]
+            (len(matrix.holders) - 1) * part.length
             for bucket in self.buckets
             for matrix in bucket.matrices
             if matrix.cut
-            for piece in bucket.pieces[rank]
+            for part in bucket.parts(rank, matrix)
         )
 
     def newton_schulz_cost(self, rank: int) -> int:
