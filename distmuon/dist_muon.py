@@ -240,6 +240,9 @@ class DistMuon(torch.optim.Optimizer):
         sharded_state.load(state_dict, self._reducer.reductions)
         self._forget_gradients()
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("DistMuon is tied to its ranks and cannot be copied or pickled; save its state_dict() instead.")
+
     def _place(self, trained: list[BoundParam], frozen: list[BoundParam]) -> None:
         """Agree with the other ranks on parameters, plan them, and start to watch for their gradients."""
         plans, reductions = domains.build(trained, self.param_groups, self._main, self._experts, self.settings)

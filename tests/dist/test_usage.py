@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -277,3 +278,11 @@ def test_empty_parameter() -> None:
     results = run_threads(2, body)
     assert results[0] == results[1]
     assert results[0][1] != digest(torch.ones(8, 32))
+
+
+def test_copies_are_refused() -> None:
+    """A copy would have neither hooks nor shards; torch's own copying keeps only part of an optimizer."""
+    opt = distmuon.DistMuon([Parameter(torch.ones(2, 2))])
+    with pytest.raises(TypeError, match="save its state_dict"):
+        copy.deepcopy(opt)
+    assert copy.deepcopy(opt.state_dict())["param_groups"]
