@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-DEEPSPEED = ["deepspeed>=0.18.5"]
+DEEPSPEED = ["deepspeed>=0.19.8"]
 TRAIN = [
     *DEEPSPEED,
     "filelock>=3.12",

@@ -62,10 +62,10 @@ class Reducer:
         self._begun = False
 
     def add(self, reductions: Sequence[BucketReduction]) -> None:
-        """Take over reductions and hook their parameters; reductions are launched in the order given.
+        """Take over buckets and hook their parameters.
 
         Args:
-            reductions: reductions, those whose gradients come first in backward first.
+            reductions: in the order in which they are to be launched: those whose gradients come first, first.
         """
         self.reductions.extend(reductions)
         watched: dict[int, tuple[BoundParam, list[tuple[BucketReduction, int]]]] = {}
@@ -78,7 +78,7 @@ class Reducer:
 
     def finish(self) -> None:
         """Launch what backward could not, wait for everything, and leave the mean gradient in each reduction."""
-        self._launch(all_lanes=True)
+        self._launch(all_buckets=True)
         for reduction in self.reductions:
             reduction.settle()
 
@@ -117,7 +117,7 @@ class Reducer:
         """Forget every gradient that was reduced or accumulated, waiting for reductions under way."""
         if self._begun:
             # Another rank may have got further in a backward that is given up here; all must issue the same sequence.
-            self._launch(all_lanes=True)
+            self._launch(all_buckets=True)
         for reduction in self.reductions:
             if reduction.pending is not None:
                 reduction.pending.wait()
@@ -166,7 +166,7 @@ class Reducer:
             self._begun = True
             for reduction, index in places:
                 reduction.ready.add(index)
-            self._launch(all_lanes=False)
+            self._launch(all_buckets=False)
 
     def _add_to_buckets(self, tensor: Tensor, places: list[tuple[BucketReduction, int]]) -> None:
         """Move a 16-bit gradient into the wider accumulation buffers and release it."""
@@ -177,14 +177,14 @@ class Reducer:
             reduction.bucket.accumulate_grad(index, reduction.accumulated)
         tensor.grad = None
 
-    def _launch(self, all_lanes: bool) -> None:
+    def _launch(self, all_buckets: bool) -> None:
         for earlier in self.reductions[: self._next]:
             if earlier.pending is not None and earlier.pending.done():
                 # Frees the full buffer while backward goes on.
                 earlier.settle()
         while self._next < len(self.reductions):
             reduction = self.reductions[self._next]
-            if not all_lanes and len(reduction.ready) < len(reduction.bucket.plan.params):
+            if not all_buckets and len(reduction.ready) < len(reduction.bucket.plan.params):
                 return
             full = reduction.accumulated
             if full is None:

@@ -126,10 +126,8 @@ class EvaluationConfig(Strict):
 
     every: int = Field(default=50, ge=1)
     """Updates between evaluations."""
-    sequences: int = Field(default=64, ge=1)
-    """Sequences of an evaluation during the run."""
-    final_sequences: int = Field(default=256, ge=1)
-    """Sequences of the final evaluation."""
+    sequences: int = Field(default=256, ge=1)
+    """Sequences of every evaluation, also the last."""
 
 
 class CheckpointConfig(Strict):

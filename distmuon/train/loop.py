@@ -94,7 +94,7 @@ class Trainer:
                 record, stopping = self._update(stop.received)
                 progress.update(self.done, record.loss, record.tokens_per_s)
                 if self.done % run.evaluation.every == 0 and self.done < run.schedule.updates:
-                    score = self._evaluate(run.evaluation.sequences)
+                    score = self._evaluate()
                     progress.note(f"update {self.done}: validation loss {score.loss:.4f}")
                 if self.done == run.schedule.updates:
                     break
@@ -104,9 +104,9 @@ class Trainer:
                     progress.note(f"stopped by SIGTERM after update {self.done}; go on with --resume auto")
                     return
             self._save()
-            score = self._evaluate(run.evaluation.final_sequences)
+            score = self._evaluate()
             self._record_final(score)
-            progress.note(f"final validation loss {score.loss:.4f} over {run.evaluation.final_sequences} sequences")
+            progress.note(f"final validation loss {score.loss:.4f} over {run.evaluation.sequences} sequences")
 
     @property
     def checkpoints(self) -> Path:
@@ -169,8 +169,9 @@ class Trainer:
                 'lower optimizer.lr, or switch precision.autocast "off" to find out where they overflow.'
             )
 
-    def _evaluate(self, sequences: int) -> Score:
+    def _evaluate(self) -> Score:
         context, micro = self.run.model.context, self.run.batch.micro_sequences
+        sequences = self.run.evaluation.sequences
         score = evaluate(self.engine.module, self.data, context, sequences, micro)
         if self.metrics:
             bits = bits_per_byte(score.loss, self.data)

@@ -87,5 +87,4 @@ def _check_shared(run: RunConfig, before: Previous) -> None:
 
 
 def _check_data(run: RunConfig, data: TokenData) -> None:
-    for count in (run.evaluation.sequences, run.evaluation.final_sequences):
-        validation_ids(data.val.size, run.model.context, count)
+    validation_ids(data.val.size, run.model.context, run.evaluation.sequences)

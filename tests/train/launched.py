@@ -18,7 +18,7 @@ from distmuon.train.metrics import Metrics, read_metrics
 REPO = Path(__file__).resolve().parents[2]
 DEBUG = REPO / "configs" / "runs" / "debug.toml"
 UPDATES = 12
-SHORT = f"--schedule.updates {UPDATES} --evaluation.every 6 --evaluation.sequences 8 --evaluation.final-sequences 15"
+SHORT = f"--schedule.updates {UPDATES} --evaluation.every 6 --evaluation.sequences 15"
 SHORT += " --checkpoint.every 4"
 
 # The command line with a fault in the seventh update, on the rank that is to fail.

@@ -94,7 +94,7 @@ WRONG: list[tuple[str, Any]] = [
     *[("schedule.final_lr", 1.1), ("schedule.final_lr", -0.1)],
     *[("batch.sequences", 0), ("batch.micro_sequences", 0), ("batch.micro_sequences", True)],
     *[("precision.parameters", "float16"), ("precision.autocast", "on"), ("precision.matmul", "low")],
-    *[("evaluation.every", 0), ("evaluation.sequences", 0), ("evaluation.final_sequences", 0)],
+    *[("evaluation.every", 0), ("evaluation.sequences", 0)],
     *[("checkpoint.every", 0), ("checkpoint.keep", 0)],
 ]
 

@@ -223,7 +223,7 @@ def test_an_existing_run_is_refused_before_anything_is_written(site: Site, tmp_p
 def test_too_few_held_out_sequences_are_refused_before_anything_is_written(site: Site, tmp_path: Path) -> None:
     run = load_run(DEBUG)
     data = run.data.model_copy(update={"cache_dir": str(site.path / "cache")})
-    evaluation = run.evaluation.model_copy(update={"final_sequences": 10**6})
+    evaluation = run.evaluation.model_copy(update={"sequences": 10**6})
     with pytest.raises(ConfigError, match="1000000 validation sequences of 32 tokens are asked for"):
         train(run.model_copy(update={"data": data, "evaluation": evaluation, "out": str(tmp_path / "runs")}))
     assert not (tmp_path / "runs").exists()
