@@ -158,9 +158,9 @@ def _refusals(engine: Any) -> list[tuple[bool, str, str]]:
         (clip < 0, f"gradient_clipping = {clip}", "set it to 0, which does not clip, or above"),
         (bool(engine.is_deepcompile_enabled()), "compile.deepcompile", "set it to false"),
         (
-            bool(getattr(engine, "torch_autocast_z0_gradscaler", None)),
-            "torch_autocast with fp16",
-            "use bfloat16",
+            engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
+            "torch_autocast.dtype float16",
+            'set it to "bfloat16"',
         ),
     ]
 

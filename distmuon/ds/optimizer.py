@@ -8,6 +8,7 @@ from typing import Any
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
+from distmuon import guard
 from distmuon.dist_muon import DistMuon
 from distmuon.errors import StateError
 
@@ -103,8 +104,9 @@ class ZeroDistMuon(DistMuon, ZeROOptimizer):
         if not load_optimizer_states:
             return
         own = state_dict_list[self._main.rank] if self._main.rank < len(state_dict_list) else None
-        if own is None:
-            raise StateError(f"the checkpoint has no optimizer state for data-parallel rank {self._main.rank}.")
+        with guard.shared_failure(self._main):
+            if own is None:
+                raise StateError(f"the checkpoint has no optimizer state for data-parallel rank {self._main.rank}.")
         super().load_state_dict(own)
         if not load_from_fp32_weights:
             self.refresh_fp32_params()

@@ -35,6 +35,18 @@ REACHABLE: dict[str, tuple[dict[str, Any], str, str]] = {
     "sum": ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op", 'set it to "avg"'),
     "universal": ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal", "set it to false"),
     "fp16 comm": ({"communication_data_type": "fp16"}, "communication_data_type", 'set it to "fp32" or "bf16"'),
+    "elastic": (
+        {"zero_optimization": {"stage": 1, "elastic_checkpoint": True}},
+        "elastic_checkpoint",
+        "set it to false",
+    ),
+    "quantized": (
+        {"zero_optimization": {"stage": 1, "zero_quantized_weights": True}},
+        "zero_quantized_weights",
+        "set it to false",
+    ),
+    "hpz": ({"zero_optimization": {"stage": 1, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size", "1"),
+    "allgather": ({"disable_allgather": True}, "disable_allgather", "set it to false"),
     "accumulation": ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype", "float32"),
 }
 
@@ -103,7 +115,11 @@ STAND_INS: dict[str, tuple[dict[str, Any], str, str]] = {
         "data and expert parallelism",
     ),
     "deepcompile": ({"is_deepcompile_enabled": _yes}, "deepcompile", "set it to false"),
-    "autocast fp16": ({"torch_autocast_z0_gradscaler": object()}, "torch_autocast", "bfloat16"),
+    "autocast fp16": (
+        {"torch_autocast_enabled": _yes, "torch_autocast_dtype": lambda: torch.float16},
+        "torch_autocast",
+        "bfloat16",
+    ),
 }
 
 

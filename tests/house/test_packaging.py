@@ -50,7 +50,7 @@ def test_the_core_needs_neither_deepspeed_nor_triton(package: dict[str, Any]) ->
 def test_extras(package: dict[str, Any]) -> None:
     extras = package["extras_require"]
     assert set(extras) == {"deepspeed", "dev", "hf", "train", "triton"}
-    assert extras["deepspeed"] == ["deepspeed>=0.18.5"]
+    assert extras["deepspeed"] == ["deepspeed>=0.19.8"]
     assert set(extras["deepspeed"]) < set(extras["train"]) < set(extras["dev"])
     assert "apex" not in names([*package["install_requires"], *sum(extras.values(), [])])
 
