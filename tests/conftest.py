@@ -14,9 +14,12 @@ from tests.ranks import RankPool
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    yield
+    # A test, or the product under it, that left another precision behind would change what later tests compute.
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -43,7 +45,6 @@ def train(run: RunConfig, local_rank: int = 0, world: int = 1) -> Path:
     if before.complete:
         log.info("%s is complete; nothing is left to do", run.directory)
         return run.directory
-    torch.set_float32_matmul_precision(run.precision.matmul)
     data = prepare(run.data, progress=local_rank == 0)
     _check_data(run, data)
     engines.quiet_deepspeed()
@@ -58,7 +59,7 @@ def train(run: RunConfig, local_rank: int = 0, world: int = 1) -> Path:
         trainer = Trainer(run, data, engine, metrics)
         if before.started:
             trainer.resume()
-        with StopRequest() as stop:
+        with StopRequest() as stop, _matmul_precision(run.precision.matmul):
             trainer.fit(stop)
         if dist.get_rank() == 0:
             write_report(run.directory)
@@ -73,6 +74,17 @@ def train(run: RunConfig, local_rank: int = 0, world: int = 1) -> Path:
         if metrics:
             metrics.close()
     return run.directory
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """Set torch's precision of float32 products for the length of a block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _check_shared(run: RunConfig, before: Previous) -> None:
