@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import distmuon
 from distmuon import newton_schulz
-from tests.dist.scenario import digest
+from tests.distributed.scenario import digest
 from tests.ds import session
 
 Config = dict[str, Any]

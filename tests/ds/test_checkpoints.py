@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist.scenario import digest
+from tests.distributed.scenario import digest
 from tests.ds.engines import BF16, DTYPES, advance, bits, build, config, shard_parts, weights
 from tests.ds.session import STOCK, attempt
 from tests.ranks import RankPool

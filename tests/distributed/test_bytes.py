@@ -113,9 +113,7 @@ def measure(
     groups: list[dict[str, Any]] = [{"params": others, "kind": "adamw"}]
     if matrices:
         groups.insert(0, {"params": matrices, "kind": "muon"})
-    opt = distmuon.DistMuon(
-        groups, policy=policy, reduce_dtype=reduce, bucket_mb=bucket_mb, max_grad_norm=1.0
-    )
+    opt = distmuon.DistMuon(groups, policy=policy, reduce_dtype=reduce, bucket_mb=bucket_mb, max_grad_norm=1.0)
     for _ in range(2):
         trace.calls.clear()
         opt.traffic.reset()
@@ -183,9 +181,7 @@ def test_balanced_sends_what_adamw_sends(
 
 @pytest.mark.parametrize("policy", ["balanced", "flat"])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_traffic_counts_every_collective(
-    tracer: Tracer, world: int, policy: Literal["balanced", "flat"]
-) -> None:
+def test_traffic_counts_every_collective(tracer: Tracer, world: int, policy: Literal["balanced", "flat"]) -> None:
     for rank in measured(tracer, world, policy):
         assert rank.traffic == pytest.approx(sum(call.wire for call in rank.calls), rel=1e-12)
 

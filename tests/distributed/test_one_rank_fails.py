@@ -10,7 +10,7 @@ import torch
 
 import distmuon
 from distmuon.errors import ConfigError, RankMismatchError, SynchronizationError
-from tests.dist.scenario import Case, backward, digest, gradients, optimizer, parameters
+from tests.distributed.scenario import Case, backward, digest, gradients, optimizer, parameters
 from tests.ranks import run_threads
 
 

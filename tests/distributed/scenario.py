@@ -116,9 +116,7 @@ def gradients(case: Case, step: int, micro: int, rank: int, world: int) -> Gradi
     return result
 
 
-def backward(
-    params: Mapping[str, Parameter], grads: Mapping[str, Tensor | None], scale: float | Any = 1.0
-) -> None:
+def backward(params: Mapping[str, Parameter], grads: Mapping[str, Tensor | None], scale: float | Any = 1.0) -> None:
     """Run a backward pass that adds exactly ``grads``, and nothing where they are None."""
     given = [(p, grads.get(name)) for name, p in params.items()]
     terms = [(p * gradient).sum().float() for p, gradient in given if gradient is not None]
@@ -180,9 +178,7 @@ def plain(params: Mapping[str, Tensor]) -> dict[str, list[float]]:
     return {name: p.detach().double().flatten().tolist() for name, p in params.items()}
 
 
-def advance(
-    params: Mapping[str, Parameter], opt: Any, per_micro: list[Gradients], scale: float = 1.0
-) -> None:
+def advance(params: Mapping[str, Parameter], opt: Any, per_micro: list[Gradients], scale: float = 1.0) -> None:
     """Backward of all micro-batches of one step; reductions only with the last one."""
     for index, grads in enumerate(per_micro):
         with contextlib.ExitStack() as stack:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist.scenario import (
+from tests.distributed.scenario import (
     EXACT_NS,
     LARGE_MB,
     MODEL,
@@ -99,9 +99,7 @@ def test_sum_that_overflows_is_skipped() -> None:
 
 
 ABSENT: dict[str, Callable[[str, int, int, int], bool]] = {
-    "one rank has no gradient of some": lambda name, step, rank, world: (
-        rank == 0 and name in ("wide", "embed")
-    ),
+    "one rank has no gradient of some": lambda name, step, rank, world: rank == 0 and name in ("wide", "embed"),
     "no rank has a gradient of some": lambda name, step, rank, world: name in ("wide", "norm", "row"),
     "one rank has none at all": lambda name, step, rank, world: rank == world - 1,
     "each rank misses another, in turn": lambda name, step, rank, world: turn(name, step) % world == rank,

@@ -15,7 +15,7 @@ import torch
 from torch.nn import Parameter
 
 import distmuon
-from tests.dist.scenario import (
+from tests.distributed.scenario import (
     MODEL,
     Case,
     Gradients,
@@ -41,8 +41,7 @@ BAND = (0.66, 1.16)
 def matrices(run: Run, start: dict[str, list[float]]) -> dict[str, torch.Tensor]:
     """Total update of every matrix."""
     return {
-        name: (torch.tensor(run.params[name]) - torch.tensor(start[name])).reshape(MODEL[name][0])
-        for name in MATRICES
+        name: (torch.tensor(run.params[name]) - torch.tensor(start[name])).reshape(MODEL[name][0]) for name in MATRICES
     }
 
 
@@ -76,9 +75,7 @@ def test_02_09_every_matrix_is_orthogonalized(
     world: int, accumulation: int, policy: str, dtype: str, reduce_dtype: torch.dtype
 ) -> None:
     """No combination of dtypes, accumulation and placement falls back to SGD."""
-    case = Case(
-        policy=policy, dtype=dtype, accumulation=accumulation, ns="bfloat16", lr=100.0, weight_decay=0.0
-    )
+    case = Case(policy=policy, dtype=dtype, accumulation=accumulation, ns="bfloat16", lr=100.0, weight_decay=0.0)
     for name, update in updates(world, case, reduce_dtype=reduce_dtype).items():
         stack = update.reshape(-1, *update.shape[-2:])
         for matrix in stack:
@@ -134,9 +131,7 @@ def test_04_loss_scale_does_not_matter(clip: float | None) -> None:
         scaler = distmuon.GradScaler("cpu", init_scale=scale)
         digests = []
         for step in range(3):
-            backward(
-                params, gradients(Case(exact=True), step, 0, rank, world), scaler.scale(torch.tensor(1.0))
-            )
+            backward(params, gradients(Case(exact=True), step, 0, rank, world), scaler.scale(torch.tensor(1.0)))
             scaler.step(opt)
             scaler.update()
             opt.zero_grad()

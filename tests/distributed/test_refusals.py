@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 import distmuon
 from distmuon.errors import ConfigError, ParameterError
-from tests.dist.scenario import Case, backward, digest, gradients, optimizer, parameters
+from tests.distributed.scenario import Case, backward, digest, gradients, optimizer, parameters
 from tests.ranks import run_threads
 
 Groups = list[dict[str, Any]]

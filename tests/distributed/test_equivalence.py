@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import distmuon
-from tests.dist.scenario import (
+from tests.distributed.scenario import (
     EXACT_NS,
     LARGE_MB,
     MODEL,
@@ -58,9 +58,7 @@ def check(case: Case, world: int, runs: list[Run]) -> None:
         return
     assert update_error(runs[0], against) < (EXACT_NS if case.ns == "float32" else BF16_NS)
     for name in MODEL:
-        assert update_error(runs[0], against, [name]) < (
-            2 * EXACT_NS if case.ns == "float32" else 2 * BF16_NS
-        ), name
+        assert update_error(runs[0], against, [name]) < (2 * EXACT_NS if case.ns == "float32" else 2 * BF16_NS), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 import distmuon
 from distmuon.errors import RankMismatchError
-from tests.dist.scenario import Case, backward, digest, gradients, optimizer, parameters
+from tests.distributed.scenario import Case, backward, digest, gradients, optimizer, parameters
 from tests.ranks import RankPool, run_threads
 
 Groups = list[dict[str, Any]]
@@ -134,9 +134,7 @@ def test_ranks_that_disagree(world: int, odd: int, what: str) -> None:
     check_mismatch(what, run_threads(world, construct, what, odd))
 
 
-@pytest.mark.parametrize(
-    ("world", "what"), [(2, "order"), (4, "shape"), (4, "count"), (2, "dtype"), (4, "lr")]
-)
+@pytest.mark.parametrize(("world", "what"), [(2, "order"), (4, "shape"), (4, "count"), (2, "dtype"), (4, "lr")])
 def test_processes_that_disagree(pool: RankPool, world: int, what: str) -> None:
     check_mismatch(what, pool.run(world, construct_in_process, what, world - 1))
 

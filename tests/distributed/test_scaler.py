@@ -9,7 +9,7 @@ import torch
 
 import distmuon
 from distmuon.errors import SynchronizationError
-from tests.dist.scenario import (
+from tests.distributed.scenario import (
     EXACT_NS,
     Case,
     Gradients,
@@ -115,9 +115,7 @@ def test_clip_coefficient_has_the_usual_floor() -> None:
 
     def source(case: Case, step: int, micro: int, rank: int, world: int) -> Gradients:
         size = (2e-8, 1e-6, 1e-7)[step]
-        return {
-            name: None if g is None else g * size for name, g in gradients(case, step, 0, rank, world).items()
-        }
+        return {name: None if g is None else g * size for name, g in gradients(case, step, 0, rank, world).items()}
 
     against = reference(case, 2, source)
     for run in run_threads(2, train, case, None, source):

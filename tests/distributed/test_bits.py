@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import distmuon
-from tests.dist.scenario import (
+from tests.distributed.scenario import (
     LARGE_MB,
     SMALL_MB,
     Case,
@@ -25,7 +25,7 @@ from tests.dist.scenario import (
     parameters,
     train,
 )
-from tests.dist.scenario import train_in_process as train_plain
+from tests.distributed.scenario import train_in_process as train_plain
 from tests.ranks import RankPool, run_threads
 
 WORLDS = [1, 2, 3, 4, 8]

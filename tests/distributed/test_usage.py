@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 import distmuon
 from distmuon.errors import SynchronizationError
-from tests.dist.scenario import (
+from tests.distributed.scenario import (
     EXACT_NS,
     LARGE_MB,
     MODEL,
@@ -67,9 +67,7 @@ def test_abandoned_backward(quiet: bool, bucket_mb: float) -> None:
     def body(rank: int, world: int) -> Run:
         params = parameters()
         opt = optimizer(params, Case(bucket_mb=bucket_mb))
-        left = {
-            name: g for name, g in gradients(Case(), 9, 0, rank, world).items() if not quiet or name in some
-        }
+        left = {name: g for name, g in gradients(Case(), 9, 0, rank, world).items() if not quiet or name in some}
         if quiet:
             with opt.no_sync():
                 backward(params, left)
