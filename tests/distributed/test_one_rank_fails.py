@@ -36,9 +36,10 @@ def test_when_a_group_is_added() -> None:
         params = parameters()
         opt = optimizer(params, Case())
         before = digest((opt.state_dict(), params))
+        late = ("late", torch.nn.Parameter(torch.ones(3)))
+        group = {"params": [late], "kind": "adamw", "lr": -1.0 if rank == 1 else 1.0}
         with pytest.raises(RankMismatchError) as caught:
-            lr = -1.0 if rank == 1 else 1.0
-            opt.add_param_group({"params": [("late", torch.nn.Parameter(torch.ones(3)))], "kind": "adamw", "lr": lr})
+            opt.add_param_group(group)
         assert digest((opt.state_dict(), params)) == before
         return str(caught.value), len(opt.param_groups), before
 
@@ -91,17 +92,18 @@ def test_plain_grad_scaler_that_parts_is_named() -> None:
         params = parameters()
         opt = optimizer(params, Case())
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+        def one_step(step: int, factor: float) -> None:
+            given = gradients(Case(), step, 0, rank, world)
+            scaler.scale(torch.ones(()))
+            backward(params, {name: None if grad is None else grad * factor for name, grad in given.items()})
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+
+        one_step(0, torch.inf if rank == 1 else scaler.get_scale())
         with pytest.raises(RankMismatchError) as caught:
-            for step in range(2):
-                given = gradients(Case(), step, 0, rank, world)
-                scaled = {name: None if grad is None else grad * scaler.get_scale() for name, grad in given.items()}
-                if rank == 1 and step == 0:
-                    scaled = {name: None if grad is None else grad * torch.inf for name, grad in scaled.items()}
-                scaler.scale(torch.ones(()))
-                backward(params, scaled)
-                scaler.step(opt)
-                scaler.update()
-                opt.zero_grad()
+            one_step(1, scaler.get_scale())
         return str(caught.value)
 
     assert all("distmuon.GradScaler" in message for message in run_threads(2, body))
