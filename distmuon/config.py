@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -160,10 +161,7 @@ def make_settings(**values: Any) -> ShardSettings:
     Raises:
         ConfigError: names the first illegal one.
     """
-    plain = dict(values)
-    for key, value in values.items():
-        if isinstance(value, torch.dtype):
-            plain[key] = str(value).removeprefix("torch.")
+    plain = {key: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for key, v in values.items()}
     return parse(ShardSettings, plain, "DistMuon")
 
 
@@ -200,18 +198,26 @@ def _known_path(model: type[BaseModel], location: tuple[int | str, ...]) -> list
         if isinstance(part, int):
             path.append(str(part))
             continue
-        if not (isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields):
+        current = field_type(current, part)
+        if current is None:
             break
         path.append(part)
-        current = current.model_fields[part].annotation
     return path
 
 
+def field_type(annotation: Any, name: str) -> Any:
+    """Look up the type of a field.
+
+    Args:
+        annotation: the type that may have it; only configuration models have fields.
+        name: the field.
+
+    Returns:
+        Its annotation; None if there is no such field.
+    """
+    known = isinstance(annotation, type) and issubclass(annotation, BaseModel) and name in annotation.model_fields
+    return annotation.model_fields[name].annotation if known else None
+
+
 def _field_names(model: type[BaseModel], path: list[str]) -> list[str]:
-    current: type[BaseModel] = model
-    for part in path:
-        field = current.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            break
-        current = field.annotation
-    return list(current.model_fields)
+    return list(functools.reduce(field_type, path, cast(Any, model)).model_fields)

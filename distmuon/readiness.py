@@ -46,11 +46,11 @@ class Readiness(NamedTuple):
 
 
 def get_ready(main: Group, reducer: Reducer, check: Callable[[], StepSettings]) -> Readiness:
-    """Reduce the gradients and let all ranks decide together whether and how to step.
+    """Let all ranks decide together whether and how to step.
 
     Args:
         main: all ranks.
-        reducer: holds the gradients.
+        reducer: holds the gradients, all of them reduced.
         check: reads and checks this rank's settings; an error reaches every rank before it is raised.
 
     Returns:
@@ -60,7 +60,6 @@ def get_ready(main: Group, reducer: Reducer, check: Callable[[], StepSettings]) 
         ValueError: what ``check`` raised, if it raised the same on every rank.
         RankMismatchError: the ranks differ in settings or errors; raised on every rank.
     """
-    reducer.finish()
     settings, error = StepSettings([], 1.0, None), None
     try:
         settings = check()

@@ -178,14 +178,11 @@ class Reducer:
         tensor.grad = None
 
     def _launch(self, all_buckets: bool) -> None:
-        for earlier in self.reductions[: self._next]:
-            if earlier.pending is not None and earlier.pending.done():
-                # Frees the full buffer while backward goes on.
-                earlier.settle()
         while self._next < len(self.reductions):
             reduction = self.reductions[self._next]
             if not all_buckets and len(reduction.ready) < len(reduction.bucket.plan.params):
                 return
+            self._settle_done()
             full = reduction.accumulated
             if full is None:
                 full = reduction.bucket.pack_grads(self._reduce_dtype)
@@ -197,3 +194,9 @@ class Reducer:
             reduction.accumulated = None
             reduction.marks = reduction.bucket.grad_marks()
             self._next += 1
+
+    def _settle_done(self) -> None:
+        """Free the full buffers of reductions that are through, while backward goes on."""
+        for earlier in self.reductions[: self._next]:
+            if earlier.pending is not None and earlier.pending.done():
+                earlier.settle()

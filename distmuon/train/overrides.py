@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import tomllib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-from pydantic import BaseModel
-
-from distmuon.config import parse
+from distmuon.config import field_type, parse
 from distmuon.errors import ConfigError
 from distmuon.train.config import RunConfig
 
@@ -58,11 +57,7 @@ def _set(table: dict[str, Any], path: list[str], value: object) -> None:
 
 def _annotation(path: list[str]) -> Any:
     """Type of the setting that a path leads to, None if there is no such setting."""
-    annotation: Any = RunConfig
-    for part in path:
-        known = isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields
-        annotation = annotation.model_fields[part].annotation if known else None
-    return annotation
+    return functools.reduce(field_type, path, cast(Any, RunConfig))
 
 
 def _value(path: list[str], text: str) -> Any:
