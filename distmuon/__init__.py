@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
-    from distmuon.config import NewtonSchulz
     from distmuon.dist_muon import DistMuon
     from distmuon.grad_scaler import GradScaler
     from distmuon.muon import Muon
     from distmuon.newton_schulz import orthogonalize
+    from distmuon.ns_settings import NewtonSchulz
     from distmuon.routing import param_groups, routes
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ _HOMES = {
     "DistMuon": "distmuon.dist_muon",
     "GradScaler": "distmuon.grad_scaler",
     "Muon": "distmuon.muon",
-    "NewtonSchulz": "distmuon.config",
+    "NewtonSchulz": "distmuon.ns_settings",
     "orthogonalize": "distmuon.newton_schulz",
     "param_groups": "distmuon.routing",
     "routes": "distmuon.routing",

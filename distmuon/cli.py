@@ -15,6 +15,7 @@ _USAGE = """usage: distmuon COMMAND ...
 commands:
   train RUN.toml [--FLAG VALUE ...]   train as the run file says; flags override it (--help lists them)
   report RUN_DIR [OTHER_DIR ...]      draw a run's report again, with the curves of others beside it
+  bench [NAME] [--FLAG VALUE ...]     run a benchmark; without a name, list them
   doctor                              show versions and what of this machine can be used
 
 train runs alone, under `torchrun --standalone --nproc-per-node N -m distmuon train ...`, and under `deepspeed`."""
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # The deepspeed launcher passes --local_rank as its first argument.
     given = [argument for argument in given if not argument.startswith(("--local_rank", "--local-rank"))]
-    commands = {"train": _train, "report": _report, "doctor": _doctor}
+    commands = {"train": _train, "report": _report, "bench": _bench, "doctor": _doctor}
     if not given or given[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if given else 2
@@ -93,6 +94,12 @@ def _report(arguments: list[str]) -> int:
     path = write_report(directory, others)
     print("\n".join([*summary_lines(directory, others), f"report: {path}"]))
     return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    from distmuon.benchmarks.command import run
+
+    return run(arguments)
 
 
 def _doctor(arguments: list[str]) -> int:

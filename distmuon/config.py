@@ -8,30 +8,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from distmuon.errors import ConfigError
-
-DTypeName = Literal["float32", "bfloat16", "float16"]
-
-
-class Strict(BaseModel):
-    """Base of every configuration model: frozen, no unknown keys, no silent conversions, no NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class NewtonSchulz(Strict):
-    """How matrices are orthogonalized."""
-
-    preset: Literal["papers"] = "papers"
-    """Coefficient preset: "papers" is (3.4445, -4.7750, 2.0315) at every step."""
-    steps: int = Field(default=5, ge=1, le=20)
-    """Number of Newton-Schulz iterations, 1 to 20."""
-    dtype: DTypeName = "bfloat16"
-    """Precision of the iteration and of the pieces sent between ranks."""
-
+from distmuon.ns_settings import NewtonSchulz
+from distmuon.strict import Strict
 
 Rate = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -185,8 +167,8 @@ def explain(model: type[BaseModel], problem: ErrorDetails) -> str:
     if problem["type"] == "missing":
         return f'"{field}" is missing and has no default; add it.'
     if problem["type"] == "value_error":
-        return f'"{field}" is not legal: {problem["msg"].removeprefix("Value error, ")}.'
-    reason = problem["msg"].replace("Input should be", "it must be")
+        return f'"{field}" is not legal: {problem["msg"].removeprefix("Value error, ").removesuffix(".")}.'
+    reason = problem["msg"].replace("Input should be", "it must be").replace("a valid tuple", "a list")
     return f'"{field}" = {problem["input"]!r} is not legal: {reason}.'
 
 

@@ -16,12 +16,14 @@ import torch.distributed as dist
 
 from distmuon import domains, guard, phases, sharded_state
 from distmuon.adamw import choose_adamw
+from distmuon.batches import ShapeBatches
 from distmuon.bucket import BoundParam, Bucket
 from distmuon.clock import PhaseClock
 from distmuon.comm import Group, Pending, Traffic, own_process_group
-from distmuon.config import NewtonSchulz, ShardSettings, make_settings
+from distmuon.config import ShardSettings, make_settings
 from distmuon.errors import ConfigError
 from distmuon.groups import Params, bind, check_group, check_unchanged, complete_group, to_groups
+from distmuon.ns_settings import NewtonSchulz
 from distmuon.plan import Plan, Policy
 from distmuon.readiness import Readiness, StepSettings, check_clip, find_loss_scale, get_ready
 from distmuon.reducer import Reducer
@@ -251,24 +253,26 @@ class DistMuon(torch.optim.Optimizer):
         self._reducer.add(reductions)
 
     def _update(self, settings: phases.Settings, coefficient: float) -> None:
-        """Phases 3 to 7 for every bucket; the all-gather of one runs while the next is computed."""
-        gathering: list[tuple[Bucket, Pending]] = []
+        """Phases 3 to 7; the all-gather of one bucket runs while the next is applied."""
+        batches = ShapeBatches(self.settings.ns)
         for reduction in self._reducer.reductions:
-            bucket, grad = reduction.bucket, reduction.mean
+            grad = reduction.mean
             assert grad is not None
             if coefficient != 1.0:
                 grad.mul_(coefficient)
             with self.clock("momentum"):
-                inputs = phases.momentum(bucket, grad, settings, self.settings.ns)
+                inputs, largest = phases.momentum(reduction.bucket, grad, settings, self.settings.ns)
             with self.clock("complete"):
-                matrices = phases.complete(bucket, inputs, reduction.group)
+                batches.add(phases.complete(reduction.bucket, inputs, reduction.group), largest)
+        gathering: list[tuple[Bucket, Pending]] = []
+        for index, reduction in enumerate(self._reducer.reductions):
+            bucket = reduction.bucket
             with self.clock("newton_schulz"):
-                directions = phases.orthogonalize_all(matrices, self.settings.ns)
+                directions = batches.take(index)
             with self.clock("apply"):
-                weights = phases.apply(bucket, grad, directions, settings, self._adamw)
+                weights = phases.apply(bucket, reduction.take_mean(), directions, settings, self._adamw)
             with self.clock("gather"):
                 gathering.append((bucket, phases.gather(bucket, weights, reduction.group)))
-                reduction.mean = None
                 # One all-gather stays under way; more would hold the buffers of the whole model.
                 phases.unpack(gathering, keep=1)
         with self.clock("gather"):

@@ -11,6 +11,7 @@ from distmuon.bucket import BoundParam, Bucket
 from distmuon.comm import Group
 from distmuon.config import GroupSettings, ShardSettings
 from distmuon.guard import check_agreement, shared_failure
+from distmuon.newton_schulz import find_products
 from distmuon.plan import ParamSpec, Plan, make_plan
 from distmuon.reducer import BucketReduction
 
@@ -43,7 +44,9 @@ def build(
     for param in params:
         by_group.setdefault(groups[param.group].get("expert_group", ""), []).append(param)
     # The main group first and always: it is where a rank that failed in its own checks says so.
-    check_agreement(main, describe(by_group.pop("", []), groups, main, settings))
+    with shared_failure(main):
+        described = describe(by_group.pop("", []), groups, main, settings)
+    check_agreement(main, described)
     with shared_failure(main):
         for name, members in sorted(by_group.items()):
             check_agreement(experts[name], describe(members, groups, experts[name], settings))
@@ -79,6 +82,9 @@ def describe(
 
     Returns:
         The pairs, most telling first.
+
+    Raises:
+        ConfigError: the matrix products that were asked for cannot run on a parameter's device.
     """
     entries = [("world size", str(group.size))]
     for p in params:
@@ -89,6 +95,8 @@ def describe(
         entries.append((f'initial values of "{p.name}" with the sum', repr(start)))
     for field, value in settings.model_dump(mode="json").items():
         entries.append((f'setting "{field}"', repr(value)))
+    for device in {p.tensor.device.type: p.tensor.device for p in params}.values():
+        entries.append((f"matrix products on {device.type}", type(find_products(device, settings.ns)).__name__))
     for number in sorted({p.group for p in params}):
         for key in GroupSettings.model_fields:
             entries.append((f'setting "{key}" of param group {number}', repr(groups[number][key])))

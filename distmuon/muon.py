@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from distmuon.clipping import clip_coefficient, judge
-from distmuon.config import GroupSettings, MuonSettings, NewtonSchulz, parse
+from distmuon.config import GroupSettings, MuonSettings, parse
 from distmuon.groups import Params, bind, check_group, complete_group, to_groups
-from distmuon.newton_schulz import INPUT_DTYPES, orthogonalize
+from distmuon.newton_schulz import INPUT_DTYPES, find_products, orthogonalize
+from distmuon.ns_settings import NewtonSchulz
 from distmuon.scaling import rms_matched_scale
 from distmuon.update import adamw_, apply_, momentum_
 
@@ -83,6 +84,8 @@ class Muon(torch.optim.Optimizer):
             super().add_param_group(group)
             try:
                 bind(self.param_groups, 0)
+                for device in {parameter.device for parameter in self.param_groups[-1]["params"]}:
+                    find_products(device, self.settings.ns)
             except ValueError:
                 self.param_groups.pop()
                 raise

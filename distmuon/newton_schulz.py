@@ -5,57 +5,122 @@ Shapes: B matrices, M rows, N columns.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from distmuon.coefficients import coefficients
-from distmuon.config import NewtonSchulz
-from distmuon.errors import ParameterError
-from distmuon.kernels import reference
+from distmuon.errors import ConfigError, ParameterError
+from distmuon.iteration import iterate
+from distmuon.kernels import host
+from distmuon.kernels.products import Products
+from distmuon.kernels.reference import power_of_two
+from distmuon.ns_settings import NewtonSchulz
+from distmuon.schedule import make_schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Precision of Newton-Schulz inputs before they are normalized; float16 would overflow or underflow there.
+# Precision of Newton-Schulz inputs before they are scaled; float16 would overflow or underflow there.
 INPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
+# Elements of a batch that is computed at once: fills any device, and bounds the memory of temporaries.
+BATCH_NUMEL = 2**28
+# float16 keeps matrices at a Frobenius norm in (16, 32]: with 1, XX^T of 2,048 rows underflows; 64 would overflow it.
+HALF_NORM = 32.0
 
 
-def orthogonalize(x: Tensor, ns: NewtonSchulz | None = None) -> Tensor:
-    """Replace each matrix by an approximation of its polar factor UV^T.
+@torch.no_grad()
+def orthogonalize(x: Tensor, ns: NewtonSchulz | None = None, largest: Tensor | None = None) -> Tensor:
+    """Replace each matrix by an approximation of its polar factor UV^T, outside of autograd and autocast.
 
     Args:
         x: [..., M, N], any floating dtype. Not written to.
         ns: settings; None means ``NewtonSchulz()``.
+        largest: [...] float32, the largest magnitude of each matrix where that is known; None measures it.
 
     Returns:
-        [..., M, N] in ``ns.dtype``. A zero matrix stays zero, a non-finite one becomes non-finite.
+        [..., M, N] in ``ns.dtype``. A zero matrix stays zero, a non-finite one becomes non-finite. Multiplying x by a
+        power of two changes no bit, and a matrix gets the same bits in a batch of any size on a CPU.
 
     Raises:
         ParameterError: x has fewer than two dimensions or is not floating point.
+        ConfigError: the matrix products that were asked for cannot run on the device.
     """
     ns = ns or NewtonSchulz()
     if x.ndim < 2 or not x.is_floating_point():
         raise ParameterError(
             f"orthogonalize got a {x.ndim}-D {x.dtype} tensor; it takes floating-point [..., M, N] matrices."
         )
+    dtype = DTYPES[ns.dtype]
     if x.numel() == 0:
-        return x.to(DTYPES[ns.dtype], copy=True)
-    x_BMN = normalize(x.reshape(-1, *x.shape[-2:])).to(DTYPES[ns.dtype])
-    tall = x.shape[-2] > x.shape[-1]
-    o_BMN = reference.newton_schulz(x_BMN.mT if tall else x_BMN, coefficients(ns))
-    return (o_BMN.mT if tall else o_BMN).reshape(x.shape)
+        return x.to(dtype, copy=True)
+    products = find_products(x.device, ns)
+    x_BMN = x.reshape(-1, *x.shape[-2:])
+    rows, cols = sorted(x.shape[-2:])
+    schedule = make_schedule(ns, rows, cols, products.symmetric_fraction)
+    size = max(1, BATCH_NUMEL // math.prod(x.shape[-2:]))
+    done = []
+    with torch.autocast(x.device.type, enabled=False), host.precision(x.device, dtype):
+        for part in (slice(start, start + size) for start in range(0, x_BMN.shape[0], size)):
+            scaled_BMN = prescale(x_BMN[part], dtype, None if largest is None else largest.reshape(-1)[part])
+            done.append(iterate(_wide(scaled_BMN), schedule, products))
+    o_BMN = done[0] if len(done) == 1 else torch.cat(done)
+    return (o_BMN.mT if x.shape[-2] > x.shape[-1] else o_BMN).reshape(x.shape)
 
 
-def normalize(x_BMN: Tensor) -> Tensor:
-    """Divide each matrix by its Frobenius norm, in float32 and without overflow or underflow.
+def find_products(device: torch.device, ns: NewtonSchulz) -> Products:
+    """Choose the matrix products for a device.
+
+    Args:
+        device: where the matrices are.
+        ns: settings.
+
+    Returns:
+        The products.
+
+    Raises:
+        ConfigError: those that were asked for cannot run there, or ``DISTMUON_KERNELS`` has no legal value.
+    """
+    try:
+        return host.products(device, ns.kernels)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def prescale(x_BMN: Tensor, dtype: torch.dtype, largest_B: Tensor | None = None) -> Tensor:
+    """Divide each matrix by a power of two, so that its products neither overflow nor underflow, and cast it.
 
     Args:
         x_BMN: [B, M, N], any floating dtype, not empty. Not written to.
+        dtype: dtype to iterate in.
+        largest_B: [B] float32 largest magnitudes of matrices that are not float64; None measures them.
 
     Returns:
-        [B, M, N] float32 with norm 1; a zero matrix stays zero.
+        [B, M, N] in that dtype: with its largest element around 1 / sqrt(max(M, N)), or for float16 with a Frobenius
+        norm in (16, 32]. The cast is the only rounding. A zero matrix stays zero, a non-finite one non-finite.
     """
-    x_BMN = x_BMN if x_BMN.dtype == torch.float64 else x_BMN.float()
-    largest_B11 = x_BMN.abs().amax(dim=(-2, -1), keepdim=True)
-    x_BMN = (x_BMN / torch.where(largest_B11 == 0, 1.0, largest_B11)).float()
-    # float64, so that the sum's order, which depends on the batch, cannot reach the float32 result.
-    norm_B11 = x_BMN.double().square().sum(dim=(-2, -1), keepdim=True).sqrt().float()
-    return x_BMN / torch.where(norm_B11 == 0, 1.0, norm_B11)
+    if x_BMN.dtype == torch.float64:
+        x_BMN = _into_float32_range(x_BMN)
+    # A cast to bfloat16 gives the same bits before the division as after it, at half the traffic.
+    x_BMN = x_BMN.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    if largest_B is None:
+        divisor_B11 = power_of_two(x_BMN, dim=(1, 2))
+    else:
+        divisor_B11 = power_of_two(largest_B)[:, None, None].to(x_BMN.dtype)
+    if dtype == torch.float16:
+        x_BMN = x_BMN / divisor_B11
+        norm_B11 = torch.linalg.vector_norm(x_BMN, dim=(1, 2), keepdim=True, dtype=torch.float64).float()
+        divisor_B11 = (power_of_two(norm_B11) * (2 / HALF_NORM)).clamp(min=2.0**-126)
+    else:
+        root = 2.0 ** math.ceil(math.log2(max(x_BMN.shape[-2:])) / 2)
+        divisor_B11 = (divisor_B11 * root).clamp(max=2.0**127)
+    return (x_BMN / divisor_B11).to(dtype)
+
+
+def _into_float32_range(x_BMN: Tensor) -> Tensor:
+    """Divide float64 matrices by a power of two near their largest element and round them to float32."""
+    _, exponent_B11 = torch.frexp(x_BMN.abs().amax(dim=(1, 2), keepdim=True))
+    return torch.ldexp(torch.ldexp(x_BMN, -exponent_B11 // 2), exponent_B11 // 2 - exponent_B11).float()
+
+
+def _wide(x_BMN: Tensor) -> Tensor:
+    # One transposition costs less than products of transposed operands in every step.
+    return x_BMN.mT.contiguous() if x_BMN.shape[-2] > x_BMN.shape[-1] else x_BMN.contiguous()

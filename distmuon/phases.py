@@ -11,8 +11,10 @@ from distmuon.adamw import AdamWRule
 from distmuon.bucket import Bucket
 from distmuon.comm import Group, Pending
 from distmuon.completion import assemble, outgoing
-from distmuon.config import GroupSettings, NewtonSchulz
-from distmuon.newton_schulz import INPUT_DTYPES, orthogonalize
+from distmuon.config import GroupSettings
+from distmuon.kernels import host
+from distmuon.newton_schulz import INPUT_DTYPES
+from distmuon.ns_settings import NewtonSchulz
 from distmuon.plan import Matrix
 from distmuon.scaling import rms_matched_scale
 from distmuon.update import apply_, momentum_
@@ -20,7 +22,7 @@ from distmuon.update import apply_, momentum_
 Settings = Sequence[GroupSettings]
 
 
-def momentum(bucket: Bucket, grad: Tensor, settings: Settings, ns: NewtonSchulz) -> Tensor:
+def momentum(bucket: Bucket, grad: Tensor, settings: Settings, ns: NewtonSchulz) -> tuple[Tensor, dict[Matrix, Tensor]]:
     """Advance the momentum of the shard's matrices.
 
     Args:
@@ -30,15 +32,25 @@ def momentum(bucket: Bucket, grad: Tensor, settings: Settings, ns: NewtonSchulz)
         ns: Newton-Schulz settings, which decide the dtype that inputs travel in.
 
     Returns:
-        [shard] Newton-Schulz inputs; elements that belong to AdamW are zero.
+        [shard] Newton-Schulz inputs, in which elements that belong to AdamW are zero, and the largest magnitude in each
+        matrix that lies here whole, if a kernel measured it on the way.
     """
     inputs = torch.zeros_like(grad, dtype=INPUT_DTYPES[ns.dtype])
-    for span in bucket.spans:
-        if span.kind == "muon":
-            group = settings[span.group]
-            state = bucket.first_moment[span.part]
-            inputs[span.part] = momentum_(state, grad[span.part], group.momentum, group.nesterov)
-    return inputs
+    largest: dict[Matrix, Tensor] = {}
+    fused = host.fused_momentum(grad.device, ns.kernels)
+    if fused is None:
+        for span in bucket.spans:
+            if span.kind == "muon":
+                group, state = settings[span.group], bucket.first_moment[span.part]
+                inputs[span.part] = momentum_(state, grad[span.part], group.momentum, group.nesterov)
+        return inputs, largest
+    for held in bucket.held:
+        group, state = settings[held.group], bucket.first_moment[held.part]
+        values, partials = fused(state, grad[held.part], group.momentum, group.nesterov, inputs.dtype)
+        inputs[held.part] = values
+        if held.length == held.matrix.numel:
+            largest[held.matrix] = partials[:, 0].amax()
+    return inputs, largest
 
 
 def complete(bucket: Bucket, inputs: Tensor, group: Group) -> dict[Matrix, Tensor]:
@@ -56,26 +68,6 @@ def complete(bucket: Bucket, inputs: Tensor, group: Group) -> dict[Matrix, Tenso
     if any(matrix.cut for matrix in bucket.plan.matrices):
         received = group.all_to_all(*outgoing(bucket, inputs)).wait()
     return assemble(bucket, inputs, received)
-
-
-def orthogonalize_all(matrices: dict[Matrix, Tensor], ns: NewtonSchulz) -> dict[Matrix, Tensor]:
-    """Orthogonalize matrices, those of one shape in one batch.
-
-    Args:
-        matrices: [rows, cols] inputs.
-        ns: Newton-Schulz settings.
-
-    Returns:
-        [rows, cols] polar factors under the same keys.
-    """
-    by_shape: dict[tuple[int, int], list[Matrix]] = {}
-    for matrix in matrices:
-        by_shape.setdefault((matrix.rows, matrix.cols), []).append(matrix)
-    directions: dict[Matrix, Tensor] = {}
-    for same in by_shape.values():
-        o_BMN = orthogonalize(torch.stack([matrices[matrix] for matrix in same]), ns)
-        directions.update(zip(same, o_BMN.unbind(0), strict=True))
-    return directions
 
 
 def apply(

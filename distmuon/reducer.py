@@ -40,6 +40,12 @@ class BucketReduction:
             total = self.pending.wait().float()
             self.mean, self.pending = total.div_(self.divisor) if self.divisor > 1 else total, None
 
+    def take_mean(self) -> Tensor:
+        """Hand over the mean gradient of the shard, and let go of it."""
+        mean, self.mean = self.mean, None
+        assert mean is not None
+        return mean
+
 
 class Reducer:
     """Launches each reduction's reduce-scatter as soon as its gradients are there, in one order on all ranks.

@@ -1,60 +1,120 @@
-"""Plain torch twins of the kernels: the specification, the fallback and the test oracle.
+"""Plain torch twins of the Triton kernels: their specification, and the oracle of their tests.
 
-Shapes: B matrices, M rows, N columns.
+Shapes: B matrices, M rows, N columns, K the side that a product sums over. Twins compute in float32 and round once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-Quintic = tuple[float, float, float]
+# Elements of one block of ``momentum_cast``; each block reports its own part of the norm.
+NORM_BLOCK = 4096
 
 
-def quintic_step(x_BMN: Tensor, coefficients: Quintic) -> Tensor:
-    """One Newton-Schulz iteration, X <- aX + (bA + cA^2)X with A = XX^T.
-
-    Args:
-        x_BMN: [B, M, N] matrices in the working dtype; cheapest for M <= N. Not written to.
-        coefficients: (a, b, c).
-
-    Returns:
-        [B, M, N] in the same dtype. A matrix gets the same bits in a batch of any size.
-
-    Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
-    """
-    a, b, c = coefficients
-    dtype = x_BMN.dtype
-    if _needs_float32(x_BMN):
-        x_BMN = x_BMN.float()
-    gram_BMM = torch.bmm(x_BMN, x_BMN.mT).to(dtype).to(x_BMN.dtype)
-    polynomial_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c).to(dtype).to(x_BMN.dtype)
-    return torch.baddbmm(x_BMN, polynomial_BMM, x_BMN, beta=a).to(dtype)
-
-
-def _needs_float32(x_BMN: Tensor) -> bool:
-    """Whether a CPU would pick its 16-bit product by the size of the batch, so that its rounding depends on it.
-
-    Then products are computed in float32 and rounded to 16 bits, which is what an accelerator's matrix units do.
-    """
-    rows, columns = x_BMN.shape[-2:]
-    # oneDNN takes bfloat16 products of more than 16^3 multiplications, counted over the batch, and float16 on few CPUs.
-    tiny = x_BMN.dtype == torch.bfloat16 and min(rows, columns) <= 16
-    return x_BMN.device.type == "cpu" and (tiny or x_BMN.dtype == torch.float16)
-
-
-def newton_schulz(x_BMN: Tensor, coefficients: Sequence[Quintic]) -> Tensor:
-    """Run one quintic step per coefficient triple.
+def symmetric_product(a_BMK: Tensor, b_BMK: Tensor, c_BMM: Tensor | None, scalars: Tensor) -> Tensor:
+    """Compute Y = alpha A B^T + beta C + gamma I, for operands that make Y symmetric.
 
     Args:
-        x_BMN: [B, M, N] matrices with spectral norm at most about 1. Not written to.
-        coefficients: one (a, b, c) per iteration.
+        a_BMK: [B, M, K], 16-bit or float32. Not written to.
+        b_BMK: [B, M, K] in the same dtype. Not written to.
+        c_BMM: [B, M, M] symmetric, in the same dtype; None leaves the term out. Not written to.
+        scalars: float32 [3] or [B, 3] on the same device: alpha, beta, gamma.
 
     Returns:
-        [B, M, N] approximately orthogonal matrices in the same dtype.
+        [B, M, M] in the same dtype, symmetric bit for bit.
     """
-    for triple in coefficients:
-        x_BMN = quintic_step(x_BMN, triple)
-    return x_BMN
+    return symmetric_product_norm(a_BMK, b_BMK, c_BMM, scalars)[0]
+
+
+def symmetric_product_norm(
+    a_BMK: Tensor, b_BMK: Tensor, c_BMM: Tensor | None, scalars: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute ``symmetric_product`` and the squared Frobenius norm of each result before it is rounded.
+
+    Args:
+        a_BMK: as in ``symmetric_product``.
+        b_BMK: as in ``symmetric_product``.
+        c_BMM: as in ``symmetric_product``.
+        scalars: as in ``symmetric_product``.
+
+    Returns:
+        [B, M, M] results and [B] float32 sums of squares.
+    """
+    alpha, beta, gamma = scalars.expand(a_BMK.shape[0], 3)[..., None, None].unbind(1)
+    y_BMM = alpha * torch.bmm(a_BMK.float(), b_BMK.float().mT)
+    if c_BMM is not None:
+        y_BMM = y_BMM + beta * c_BMM.float()
+    y_BMM = y_BMM + gamma * torch.eye(y_BMM.shape[-1], device=y_BMM.device)
+    y_BMM = y_BMM.tril() + y_BMM.tril(-1).mT
+    return y_BMM.to(a_BMK.dtype), y_BMM.square().sum(dim=(-2, -1))
+
+
+def add_product(x_BMN: Tensor, p_BMM: Tensor, scalars: Tensor) -> Tensor:
+    """Compute Y = a X + P X.
+
+    Args:
+        x_BMN: [B, M, N], 16-bit or float32. Not written to.
+        p_BMM: [B, M, M] in the same dtype. Not written to.
+        scalars: float32 [1] or [B, 1] on the same device: a.
+
+    Returns:
+        [B, M, N] in the same dtype.
+    """
+    x = x_BMN.float()
+    return (scalars.expand(x.shape[0], 1)[..., None] * x + torch.bmm(p_BMM.float(), x)).to(x_BMN.dtype)
+
+
+def momentum_cast(
+    momentum: Tensor, grad: Tensor, mu: float, nesterov: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Advance heavy-ball momentum, cast the Newton-Schulz input, and measure it block by block.
+
+    Args:
+        momentum: flat float32, updated in place: m <- mu m + g.
+        grad: flat float32 of the same length. Not written to.
+        mu: momentum coefficient in [0, 1).
+        nesterov: return g + mu m instead of m.
+        dtype: dtype of the input.
+
+    Returns:
+        The input u, and for every block of ``NORM_BLOCK`` elements of it (float32 [blocks, 2]) the largest |u| and the
+        sum of squares of u / 2^e, where 2^e is the largest power of two up to it, but at least 2^-126; NaN if that is not finite.
+
+    Source: Moonlight (arXiv 2502.16982), equation 1 with its Nesterov footnote.
+    """
+    momentum.mul_(mu).add_(grad)
+    u = (momentum.mul(mu).add_(grad) if nesterov else momentum).to(dtype, copy=True)
+    return u, norm_partials(u)
+
+
+def norm_partials(u: Tensor) -> Tensor:
+    """Largest magnitude and scaled sum of squares of every block of ``NORM_BLOCK`` elements.
+
+    Args:
+        u: flat, any floating dtype. Not written to.
+
+    Returns:
+        float32 [blocks, 2], as ``momentum_cast`` describes.
+    """
+    padded = u.new_zeros(-(-u.numel() // NORM_BLOCK) * NORM_BLOCK, dtype=torch.float32)
+    padded[: u.numel()] = u.float()
+    blocks = padded.view(-1, NORM_BLOCK)
+    largest = blocks.abs().amax(dim=1)
+    return torch.stack([largest, (blocks / power_of_two(largest)[:, None]).square().sum(dim=1)], dim=1)
+
+
+def power_of_two(x: Tensor, dim: int | tuple[int, ...] = ()) -> Tensor:
+    """Largest power of two up to the largest magnitude, so that dividing by it rounds nothing.
+
+    Args:
+        x: bfloat16 or float32. Not written to.
+        dim: dimensions to take the largest over, which are kept with size 1; none takes each element for itself.
+
+    Returns:
+        The same dtype; 2^-126, the least normal number, for what is smaller, and infinity for what is not finite.
+    """
+    # The bits of the exponent alone: they are ordered as magnitudes are.
+    integer, exponent = (torch.int16, 0x7F80) if x.dtype == torch.bfloat16 else (torch.int32, 0x7F800000)
+    bits = x.view(integer) & exponent
+    return (bits.amax(dim=dim, keepdim=True) if dim else bits).view(x.dtype).clamp(min=2.0**-126)

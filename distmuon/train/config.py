@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from distmuon.config import NewtonSchulz, Rate, Strict, parse
+from distmuon.config import Rate, parse
 from distmuon.errors import ConfigError
+from distmuon.ns_settings import NewtonSchulz
+from distmuon.strict import Strict
 from distmuon.train.data.config import DataConfig
 
 

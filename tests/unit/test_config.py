@@ -10,8 +10,10 @@ import torch
 from pydantic import Field
 
 from distmuon import DistMuon, Muon
-from distmuon.config import GroupSettings, MuonSettings, NewtonSchulz, ShardSettings, Strict, make_settings, parse
+from distmuon.config import GroupSettings, MuonSettings, ShardSettings, make_settings, parse
 from distmuon.errors import ConfigError, DistMuonError
+from distmuon.ns_settings import NewtonSchulz
+from distmuon.strict import Strict
 
 
 class Inner(Strict):
@@ -134,7 +136,11 @@ def test_every_setting_has_its_range_tested() -> None:
             {"dtype": "float64"},
             "\"dtype\" = 'float64' is not legal: it must be 'float32', 'bfloat16' or 'float16'.",
         ),
-        ({"preset": "mine"}, "\"preset\" = 'mine' is not legal: it must be 'papers'."),
+        (
+            {"preset": "mine"},
+            "\"preset\" = 'mine' is not legal: it must be 'papers', 'you', 'polar_express', 'cans', 'cubic5', "
+            "'papers8+2', 'opt4', 'opt5', 'opt6', 'optimal' or 'custom'.",
+        ),
         ({"step": 5}, 'unknown key "step"; did you mean "steps"?'),
     ],
 )

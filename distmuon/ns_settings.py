@@ -1,0 +1,107 @@
+"""How matrices are orthogonalized: the settings, and the rules that a combination of them must keep."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from distmuon.coefficients import GRAM_MARGIN, Preset, PresetName, Quintic, Start, gram_margin, preset
+from distmuon.errors import ConfigError
+from distmuon.strict import DTypeName, Strict
+
+# In bfloat16, three steps on XX^T alone overshoot by up to 640 on sparse matrices; float16 keeps three more bits.
+LONGEST_SEGMENT = {"bfloat16": 2, "float16": 3, "float32": 3}
+# The presets whose polynomials are generated, so that the Gram form can ask for a wider margin than the plain one.
+GENERATED = ("opt4", "opt5", "opt6", "optimal")
+
+
+class NewtonSchulz(Strict):
+    """How matrices are orthogonalized."""
+
+    preset: PresetName = "papers"
+    """Coefficients: "papers" is (3.4445, -4.7750, 2.0315) at every step; "opt4", "opt5" and "opt6" are the most exact
+    for their number of steps; docs/newton-schulz.md compares all."""
+    steps: int | None = Field(default=None, ge=1, le=20)
+    """Number of Newton-Schulz iterations, 1 to 20; None takes the preset's own."""
+    dtype: DTypeName = "bfloat16"
+    """Precision of the iteration and of the pieces sent between ranks."""
+    form: Literal["auto", "plain", "gram"] = "auto"
+    """"gram" iterates on XX^T, cheaper for wide matrices; "auto" takes the cheaper form, "plain" in float32."""
+    restarts: Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    """"gram" only: numbers of steps after which X is multiplied out; None takes segments of two."""
+    lower: float | None = Field(default=None, gt=0, lt=1)
+    """"optimal" only: smallest singular value, relative to the largest, that is to reach 1; None is 0.0025."""
+    coefficients: Annotated[tuple[Annotated[Quintic, Field(strict=False)], ...], Field(strict=False)] | None = None
+    """"custom" only: (a, b, c) of every step."""
+    start: Start | None = None
+    """"custom" only: norm that matrices are divided by first, "frobenius" (None) or "schatten8"."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Matrix products: "auto" takes Triton on CUDA and the fastest ones on a CPU, "torch" plain ones anywhere."""
+
+    @model_validator(mode="after")
+    def _obey_the_rules(self) -> NewtonSchulz:
+        steps = len(self.polynomials("plain").quintics)
+        if self.form == "gram":
+            _check_gram(self, steps)
+        elif self.restarts is not None:
+            raise ValueError(f'restarts = {self.restarts} needs form = "gram", not "{self.form}"')
+        return self
+
+    def polynomials(self, form: Literal["plain", "gram"]) -> Preset:
+        """Coefficients for a form; generated ones get the margin that the form needs.
+
+        Args:
+            form: "plain" or "gram".
+
+        Returns:
+            The preset.
+
+        Raises:
+            ConfigError: no such preset.
+        """
+        margin = GRAM_MARGIN if form == "gram" and self.preset in GENERATED else None
+        return preset(self.preset, self.steps, self.lower, margin, self.coefficients, self.start)
+
+    def gram_segments(self) -> tuple[int, ...] | None:
+        """Steps between the restarts of the Gram form.
+
+        Returns:
+            The lengths; None where the Gram form is not safe.
+        """
+        try:
+            chosen = self.polynomials("gram")
+        except ConfigError:
+            # With the wider margin these steps do not reach that far down.
+            return None
+        steps = len(chosen.quintics)
+        if steps < 3 or gram_margin(chosen.quintics) < GRAM_MARGIN:
+            return None
+        if self.restarts is None:
+            return (1,) * (steps % 2) + (2,) * (steps // 2)
+        return tuple(end - begin for begin, end in pairwise((0, *self.restarts, steps)))
+
+
+def _check_gram(ns: NewtonSchulz, steps: int) -> None:
+    """Raise a ValueError unless the Gram form of these settings stays stable in their precision."""
+    margin = gram_margin(ns.polynomials("gram").quintics)
+    if margin < GRAM_MARGIN:
+        raise ValueError(
+            f'form = "gram" needs coefficients that tolerate {GRAM_MARGIN:.0%} of overshoot, preset "{ns.preset}" '
+            f'tolerates {margin:.1%}; use form = "plain" or another preset'
+        )
+    if steps < 3:
+        raise ValueError(f'form = "gram" needs at least 3 steps, not {steps}, to have a restart; use form = "plain"')
+    if ns.restarts is None:
+        return
+    if not ns.restarts or any(end <= begin for begin, end in pairwise((0, *ns.restarts, steps))):
+        raise ValueError(
+            f"restarts = {ns.restarts} must be one or more increasing numbers of steps from 1 to {steps - 1}; "
+            f"without a restart the Gram form diverges in every precision"
+        )
+    longest, limit = max(ns.gram_segments() or ()), LONGEST_SEGMENT[ns.dtype]
+    if longest > limit:
+        raise ValueError(
+            f"restarts = {ns.restarts} leaves {longest} steps without a restart; {ns.dtype} allows {limit}"
+        )

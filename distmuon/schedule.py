@@ -1,0 +1,57 @@
+"""Which form of Newton-Schulz a shape takes, by counting floating-point operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from distmuon.iteration import Schedule
+from distmuon.ns_settings import NewtonSchulz
+
+# (rows, inner side) -> part of a symmetric product that is computed.
+Fraction = Callable[[int, int], float]
+
+
+def flops(rows: int, cols: int, segments: Sequence[int], fraction: Fraction, cubics: int = 0) -> float:
+    """Count the floating-point operations for one matrix, two per multiply-add.
+
+    Args:
+        rows: M, the shorter side.
+        cols: N, the longer side.
+        segments: number of steps of every segment.
+        fraction: part of a symmetric product that the device computes; 1 everywhere counts all.
+        cubics: number of steps with c = 0, which need no square of the Gram matrix.
+
+    Returns:
+        For every segment of L steps: XX^T, 4L - 3 symmetric products of M x M matrices, and one product with X.
+    """
+    gram = 2 * rows**2 * cols * fraction(rows, cols)
+    square = 2 * rows**3 * fraction(rows, rows)
+    return sum(gram + (4 * length - 3) * square + 2 * rows**2 * cols for length in segments) - cubics * square
+
+
+def make_schedule(ns: NewtonSchulz, rows: int, cols: int, fraction: Fraction) -> Schedule:
+    """Choose the form for a shape.
+
+    Args:
+        ns: settings.
+        rows: M, the shorter side.
+        cols: N, the longer side.
+        fraction: part of a symmetric product that the device computes.
+
+    Returns:
+        The plain form, or the Gram form where it is asked for, or where "auto" finds it safe and cheaper.
+    """
+    plain = ns.polynomials("plain")
+    chosen = Schedule(plain.quintics, (1,) * len(plain.quintics), plain.start)
+    # Who asks for float32 asks for accuracy, and the plain form corrects its own rounding.
+    segments = ns.gram_segments() if ns.form == "gram" or (ns.form == "auto" and ns.dtype != "float32") else None
+    if segments is None:
+        return chosen
+    # The Schatten-8 start takes the square of the first Gram matrix in any case.
+    cubics = sum(c == 0 for _, _, c in chosen.quintics[chosen.start == "schatten8" :])
+    plain_flops = flops(rows, cols, chosen.segments, fraction, cubics)
+    cheaper = flops(rows, cols, segments, fraction, cubics) < plain_flops
+    if ns.form == "gram" or cheaper:
+        gram = ns.polynomials("gram")
+        chosen = Schedule(gram.quintics, segments, gram.start)
+    return chosen
