@@ -4,6 +4,7 @@ FROM nvcr.io/nvidia/pytorch:${PYTORCH_TAG}
 
 WORKDIR /opt/distmuon
 COPY setup.py pyproject.toml LICENSE ./
+COPY benchmarks ./benchmarks
 COPY kernels ./kernels
 COPY distmuon ./distmuon
 

@@ -2,22 +2,23 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test bench check clean
+.PHONY: help train test bench kernels check clean
 
 PYTHON := $(or $(shell command -v python3.11),$(shell command -v python3),python3)
 TORCH := torch==2.13.0
+TRITON := triton==3.7.0
 DEEPSPEED := deepspeed==0.19.8
 
 # The environment is right when a stamp with this key exists; a moved checkout, another Python or other requirements change it.
 MADE_BY := $(shell $(PYTHON) --version 2>&1) at $(CURDIR)
-KEY := $(shell { cat setup.py pyproject.toml; echo "$(MADE_BY) $(TORCH) $(DEEPSPEED)"; } | sha256sum | cut -c1-16)
+KEY := $(shell { cat setup.py pyproject.toml; echo "$(MADE_BY) $(TORCH) $(TRITON) $(DEEPSPEED)"; } | sha256sum | cut -c1-16)
 STAMP := .venv/stamp-$(KEY)
 
 # DeepSpeed looks for ninja on PATH, so the environment must be on it even where it is not activated.
 ENTER := export PATH="$(CURDIR)/.venv/bin:$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1;
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 train: $(STAMP) ## train a small MoE language model with DistMuon, then with AdamW, on 2 CPU ranks; compare both
 	@$(ENTER) export NPROC=2 CUDA_VISIBLE_DEVICES=; set -x; \
@@ -28,8 +29,11 @@ train: $(STAMP) ## train a small MoE language model with DistMuon, then with Ada
 test: $(STAMP) ## run every test that needs no GPU; ARGS="-k plan" passes options to pytest
 	@$(ENTER) python -m pytest $(ARGS)
 
-bench: $(STAMP) ## count bytes per step of DistMuon, AdamW and DeepSpeed's Muon at 2 and 4 ranks
-	@$(ENTER) python -m benchmarks.comm $(ARGS)
+bench: $(STAMP) ## bytes per step and the speed of Newton-Schulz, beside others'; ARGS="ns --quick" runs one benchmark
+	@$(ENTER) $(if $(ARGS),python -m distmuon bench $(ARGS),set -x; python -m distmuon bench comm; python -m distmuon bench ns)
+
+kernels: $(STAMP) ## compile every Triton kernel for sm_80, sm_90, sm_100, gfx942, gfx950 without a GPU; check registers, spills, loads
+	@$(ENTER) python -m distmuon bench kernels $(ARGS)
 
 check: $(STAMP) ## ruff, mypy --strict, import-linter and the size rules
 	@$(ENTER) failed=(); \
@@ -55,6 +59,7 @@ $(STAMP):
 	    echo "+ $(PYTHON) -m venv .venv"; $(PYTHON) -m venv --clear .venv; echo "$(MADE_BY)" >.venv/made-by; }
 	@$(ENTER) set -x; \
 	python -m pip install -qq $(TORCH); \
+	python -m pip install -qq $(TRITON); \
 	python -m pip install -qq $(DEEPSPEED); \
 	python -m pip install -qq --editable '.[dev,hf]'
 	@touch $@

@@ -13,10 +13,12 @@ TRAIN = [
     "tyro>=0.9",
 ]
 HF = ["datasets>=3.0", "pyarrow>=17"]
+TRITON = ["triton>=3.2"]
 TOOLS = [
     "hypothesis>=6.100",
     "import-linter>=2.3",
     "mypy>=1.15",
+    "networkx>=3.0",
     "pytest>=8.3",
     "pytest-timeout>=2.3",
     "ruff>=0.11",
@@ -44,8 +46,8 @@ setup(
         "deepspeed": DEEPSPEED,
         "train": TRAIN,
         "hf": HF,
-        "triton": ["triton>=3.2"],
-        "dev": [*TRAIN, *TOOLS],
+        "triton": TRITON,
+        "dev": [*TRAIN, *TRITON, *TOOLS],
     },
     entry_points={"console_scripts": ["distmuon = distmuon.cli:main"]},
 )

@@ -1,6 +1,6 @@
 """Bytes per optimizer step of DistMuon, AdamW and DeepSpeed's own Muon on one MoE model: ``make bench``.
 
-    python -m benchmarks.comm [--worlds 2,4] [--model configs/models/moe_mini.toml]
+    distmuon bench comm [--worlds 2,4] [--model configs/models/moe_mini.toml]
 
 Every contender trains the same model on the same tokens; parameters are checked to be equal on all ranks before its
 bytes count. Collectives are counted where they enter torch.distributed, bytes by the ring model.
@@ -14,13 +14,17 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "comm.json"
-README = Path(__file__).parent.parent / "README.md"
+from distmuon.benchmarks import places
+
+RESULTS = places.RESULTS / "comm.json"
+README = places.ROOT / "README.md"
 MARKS = ("<!-- bytes -->\n", "<!-- /bytes -->\n")
 VOCABULARY = 4096
+WORLDS = "2,4"
 STEPS = 2
 
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -32,25 +36,30 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure all contenders at all world sizes, write the results and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", default="2,4", help="numbers of ranks, comma-separated")
+    parser = argparse.ArgumentParser(
+        prog="distmuon bench comm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--worlds", default=WORLDS, help="numbers of ranks, comma-separated; others are only printed")
     parser.add_argument("--model", default="configs/models/moe_mini.toml", help="model file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.worker:
         worker(Path(options.model), Path(options.worker))
-        return
+        return 0
     rows = []
     for world in options.worlds.split(","):
         print(f"measuring at {world} ranks ...", flush=True)
         rows += launch(int(world), options.model)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"model": options.model, "vocabulary": VOCABULARY, "rows": rows}, indent=1) + "\n")
+    results = {"model": options.model, "vocabulary": VOCABULARY, "rows": rows}
     print(table(rows))
-    if options.worlds == "2,4":
+    if options.worlds != WORLDS:
+        return 0
+    places.write(RESULTS, json.dumps(results, indent=1) + "\n")
+    if README.is_file():
         README.write_text(with_table(README.read_text(), rows))
+    return 0
 
 
 def with_table(readme: str, rows: list[dict[str, Any]]) -> str:
@@ -66,7 +75,7 @@ def launch(world: int, model: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "rows.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        command += ["-m", "benchmarks.comm", "--model", model, "--worker", str(result)]
+        command += ["-m", "distmuon.benchmarks.comm", "--model", model, "--worker", str(result)]
         # DeepSpeed compiles its Muon with inductor, which takes minutes on a CPU and moves no bytes.
         env = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         subprocess.run(command, env=env, check=True)  # noqa: S603
@@ -76,7 +85,7 @@ def launch(world: int, model: str) -> list[dict[str, Any]]:
 
 def worker(model_file: Path, result: Path) -> None:
     """Measure every contender on this rank; rank 0 writes the rows."""
-    from benchmarks.tracer import Tracer
+    from distmuon.benchmarks.tracer import Tracer
 
     tracer = Tracer()
     tracer.install()
@@ -169,4 +178,4 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -179,7 +179,7 @@ def _critical_points(quintic: Quintic) -> list[float]:
     """Positive roots of p'(x) = a + 3b x^2 + 5c x^4."""
     a, b, c = quintic
     discriminant = 9 * b * b - 20 * a * c
-    if not 0 <= discriminant < math.inf:
+    if not discriminant >= 0:
         return []
     # The two roots x^2 of the quadratic equation in the forms that do not cancel; c = 0 leaves the second.
     half = -(3 * b + math.copysign(math.sqrt(discriminant), b)) / 2

@@ -45,9 +45,12 @@ def candidates(
     tensors = list(tensors)
     name = _architecture(tensors[0].device)
     # Descriptors take rows and matrices that start at multiples of 16 bytes.
-    aligned = all(t.data_ptr() % 16 == 0 and t.shape[-1] * t.itemsize % 16 == 0 for t in tensors)
+    aligned = all(tensor.data_ptr() % 16 == 0 and tensor.shape[-1] * tensor.itemsize % 16 == 0 for tensor in tensors)
+    # What the compiler is told of pointers and sizes: whether they are multiples of 16.
+    divisible = aligned and all(tensor.shape[-1] % 16 == 0 for tensor in tensors)
     if variant is None:
-        variant = "descriptor" if aligned and tuning.has_descriptors(name) else "pointer"
+        wide = tensors[0].itemsize == 4
+        variant = "descriptor" if aligned and not wide and tuning.has_descriptors(name) else "pointer"
     elif variant == "descriptor" and not aligned:
         raise ValueError(
             f"The {kernel} kernel got variant='descriptor' for matrices of {[tuple(t.shape) for t in tensors]}; it "
@@ -55,7 +58,7 @@ def candidates(
         )
     if config is not None:
         return variant, (config,)
-    configs = tuning.prune(tuning.configs(name, kernel, variant, tensors[0].itemsize), *shape)
+    configs = tuning.prune(tuning.configs(name, kernel, variant, tensors[0].itemsize, divisible), *shape)
     return variant, configs[:1] if triton.knobs.runtime.interpret else configs
 
 

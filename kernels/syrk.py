@@ -86,6 +86,7 @@ def symmetric_pointer(
     c: tl.tensor,
     y: tl.tensor,
     sums: tl.tensor,
+    sum_stride: tl.tensor,
     scalars: tl.tensor,
     m: tl.tensor,
     k: tl.tensor,
@@ -101,7 +102,8 @@ def symmetric_pointer(
         b: [B, M, K], same dtype; A B^T is symmetric.
         c: [B, M, M] symmetric, same dtype, or None.
         y: [B, M, M] output, same dtype, exactly symmetric.
-        sums: [B, t(t + 1)/2] float32 output: each tile's share of the sum of squares before rounding; or None.
+        sums: [B, at least t(t + 1)/2] float32 output: each tile's share of the sum of squares before rounding; or None.
+        sum_stride: columns of sums.
         scalars: float32 (alpha, beta, gamma), of one matrix or of all.
         m: M.
         k: K.
@@ -113,7 +115,8 @@ def symmetric_pointer(
     tiles = tl.cdiv(m, BLOCK_M)
     count = tiles * (tiles + 1) // 2
     batch = (tl.program_id(0) // count).to(tl.int64)
-    tile_row, tile_column = lower_tile(tl.program_id(0) % count, tiles, GROUP)
+    tile = tl.program_id(0) % count
+    tile_row, tile_column = lower_tile(tile, tiles, GROUP)
     row, column = tile_row * BLOCK_M, tile_column * BLOCK_M
     span = tl.arange(0, BLOCK_M)
     depth = tl.arange(0, BLOCK_K)
@@ -140,16 +143,17 @@ def symmetric_pointer(
         old = tl.load(c + lower + offsets, mask=inside, other=0.0)
     scalars += batch * scalar_stride
     result = _combine(product, old, scalars)
-    on_diagonal = 0.0
+    # Two separate endings: a shared one would hold the registers of both.
     if tile_row == tile_column:
         result, on_diagonal = _lower_half(result, tl.where(inside_row, tl.load(scalars + 2), 0.0))
-    if sums is not None:
-        tl.store(sums + tl.program_id(0), 2.0 * tl.sum(result * result) - on_diagonal)
-    rounded = result.to(y.dtype.element_ty)
-    if tile_row == tile_column:
-        rounded = _mirror(rounded)
-    tl.store(y + lower + offsets, rounded, mask=inside)
-    if tile_row != tile_column:
+        if sums is not None:
+            tl.store(sums + batch * sum_stride + tile, 2.0 * tl.sum(result * result) - on_diagonal)
+        tl.store(y + lower + offsets, _mirror(result.to(y.dtype.element_ty)), mask=inside)
+    else:
+        if sums is not None:
+            tl.store(sums + batch * sum_stride + tile, 2.0 * tl.sum(result * result))
+        rounded = result.to(y.dtype.element_ty)
+        tl.store(y + lower + offsets, rounded, mask=inside)
         upper = (batch * m + column) * m + row
         tl.store(y + upper + offsets, tl.trans(rounded), mask=inside_column[:, None] & inside_row[None, :])
 
@@ -161,6 +165,7 @@ def symmetric_descriptor(
     c: tl.tensor,
     y: tl.tensor,
     sums: tl.tensor,
+    sum_stride: tl.tensor,
     scalars: tl.tensor,
     m: tl.tensor,
     k: tl.tensor,
@@ -177,6 +182,7 @@ def symmetric_descriptor(
         c: descriptor of [B, M, M] with boxes [1, BLOCK_M, BLOCK_M], or None.
         y: the same of the output.
         sums: as in symmetric_pointer, like all that follow.
+        sum_stride: see there.
         scalars: see there.
         m: see there.
         k: see there.
@@ -188,7 +194,8 @@ def symmetric_descriptor(
     tiles = tl.cdiv(m, BLOCK_M)
     count = tiles * (tiles + 1) // 2
     batch = tl.program_id(0) // count
-    tile_row, tile_column = lower_tile(tl.program_id(0) % count, tiles, GROUP)
+    tile = tl.program_id(0) % count
+    tile_row, tile_column = lower_tile(tile, tiles, GROUP)
     row, column = tile_row * BLOCK_M, tile_column * BLOCK_M
     product = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
     for start in range(0, k, BLOCK_K):
@@ -200,15 +207,16 @@ def symmetric_descriptor(
         old = c.load([batch, row, column]).reshape(BLOCK_M, BLOCK_M)
     scalars += batch.to(tl.int64) * scalar_stride
     result = _combine(product, old, scalars)
-    on_diagonal = 0.0
     if tile_row == tile_column:
         inside_row = row + tl.arange(0, BLOCK_M) < m
         result, on_diagonal = _lower_half(result, tl.where(inside_row, tl.load(scalars + 2), 0.0))
-    if sums is not None:
-        tl.store(sums + tl.program_id(0), 2.0 * tl.sum(result * result) - on_diagonal)
-    rounded = result.to(y.dtype)
-    if tile_row == tile_column:
-        rounded = _mirror(rounded)
-    y.store([batch, row, column], rounded.reshape(1, BLOCK_M, BLOCK_M))
-    if tile_row != tile_column:
+        if sums is not None:
+            tl.store(sums + batch.to(tl.int64) * sum_stride + tile, 2.0 * tl.sum(result * result) - on_diagonal)
+        rounded = _mirror(result.to(y.dtype))
+        y.store([batch, row, column], rounded.reshape(1, BLOCK_M, BLOCK_M))
+    else:
+        if sums is not None:
+            tl.store(sums + batch.to(tl.int64) * sum_stride + tile, 2.0 * tl.sum(result * result))
+        rounded = result.to(y.dtype)
+        y.store([batch, row, column], rounded.reshape(1, BLOCK_M, BLOCK_M))
         y.store([batch, column, row], tl.trans(rounded).reshape(1, BLOCK_M, BLOCK_M))

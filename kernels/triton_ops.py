@@ -101,19 +101,14 @@ def _symmetric(
     variant, configs = candidates("symmetric", tensors.values(), (m, k, batch), variant, config)
     smallest = min(each.block_m for each in configs)
     sums_BT = scalars.new_empty((batch, _triangle(m, smallest) if has_sums else 0))
-    arguments = tensors | {
-        "scalars": scalars_B3,
-        "scalar_stride": scalars_B3.stride(0),
-        "sums": sums_BT,
-        "m": m,
-        "k": k,
-    }
+    numbers = {"m": m, "k": k, "scalar_stride": scalars_B3.stride(0), "sum_stride": sums_BT.shape[1]}
 
     def grid(meta: Mapping[str, Any]) -> tuple[int, ...]:
         return (batch * _triangle(m, meta["BLOCK_M"]),)
 
     traits = (variant, a_BMK.dtype, c_BMM is not None, has_sums)
-    launch([variants.symmetric(each, *traits) for each in configs], grid, arguments)
+    specializations = [variants.symmetric(each, *traits) for each in configs]
+    launch(specializations, grid, tensors | {"scalars": scalars_B3, "sums": sums_BT} | numbers)
     return y_BMM, sums_BT
 
 

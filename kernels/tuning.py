@@ -6,7 +6,7 @@ Every entry was compiled ahead of time for its architecture: no spills, no scala
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kernel = Literal["symmetric", "polynomial"]
@@ -37,28 +37,40 @@ class Config:
     registers: int | None = None
 
 
+# Two programs share a multiprocessor up to 128 registers; the compiler spills below these limits, not at them.
 _AMPERE = (Config(128, 128, 64, 8, 3), Config(128, 128, 32, 8, 4), Config(64, 64, 64, 4, 3))
 _HOPPER = (Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4), Config(64, 64, 64, 4, 4))
-_CDNA = (Config(128, 128, 64, 8, 2), Config(64, 64, 64, 4, 2))
-_CONFIGS: dict[tuple[str, Kernel, Variant], tuple[Config, ...]] = {
+_WIDE = (Config(128, 256, 64, 8, 3), Config(128, 256, 64, 8, 4))
+_CDNA = (Config(128, 128, 64, 8, 2), Config(128, 128, 32, 8, 2), Config(64, 64, 64, 4, 2))
+
+
+def _capped(registers: int) -> tuple[Config, ...]:
+    return tuple(replace(each, registers=registers) if each.warps == 8 else each for each in _HOPPER)
+
+
+CONFIGS: dict[tuple[str, Kernel, Variant], tuple[Config, ...]] = {
     ("sm_80", "symmetric", "pointer"): _AMPERE,
     ("sm_80", "polynomial", "pointer"): _AMPERE,
-    ("sm_90", "symmetric", "pointer"): _HOPPER,
-    ("sm_90", "symmetric", "descriptor"): _HOPPER,
-    ("sm_90", "polynomial", "pointer"): _HOPPER,
-    ("sm_90", "polynomial", "descriptor"): (Config(128, 256, 64, 8, 3), *_HOPPER),
-    ("sm_100", "symmetric", "pointer"): _HOPPER,
-    ("sm_100", "symmetric", "descriptor"): _HOPPER,
+    ("sm_90", "symmetric", "pointer"): _capped(128),
+    ("sm_90", "symmetric", "descriptor"): _capped(112),
+    ("sm_90", "polynomial", "pointer"): (*_HOPPER, *_WIDE),
+    ("sm_90", "polynomial", "descriptor"): (*_HOPPER, *_WIDE),
+    ("sm_100", "symmetric", "pointer"): _capped(160),
+    ("sm_100", "symmetric", "descriptor"): _capped(128),
     ("sm_100", "polynomial", "pointer"): _HOPPER,
-    ("sm_100", "polynomial", "descriptor"): (Config(128, 256, 64, 8, 3), *_HOPPER),
+    ("sm_100", "polynomial", "descriptor"): (*_HOPPER, *_WIDE),
     ("gfx942", "symmetric", "pointer"): _CDNA,
-    ("gfx942", "polynomial", "pointer"): _CDNA,
+    ("gfx942", "polynomial", "pointer"): (*_CDNA, Config(128, 256, 32, 8, 2)),
     ("gfx950", "symmetric", "pointer"): _CDNA,
-    ("gfx950", "polynomial", "pointer"): _CDNA,
+    ("gfx950", "polynomial", "pointer"): (*_CDNA, Config(128, 256, 32, 8, 2)),
 }
-# True float32 products run outside the 16-bit matrix units and need twice the shared memory.
-_FLOAT32 = (Config(64, 64, 32, 4, 2),)
-ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in _CONFIGS))
+# True float32 products run outside NVIDIA's matrix units.
+FLOAT32 = (Config(64, 64, 16, 4, 3),)
+FLOAT32_CDNA = (Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2))
+# Sizes that are no multiples of 16 are read element by element, which takes registers.
+INDIVISIBLE = (Config(64, 64, 32, 4, 2),)
+INDIVISIBLE_FLOAT32 = (Config(64, 64, 16, 4, 2),)
+ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in CONFIGS))
 
 
 def architecture(device: tuple[int, int] | str) -> str:
@@ -90,10 +102,12 @@ def architecture(device: tuple[int, int] | str) -> str:
 
 def has_descriptors(architecture: str) -> bool:
     """Whether an architecture has hardware that reads memory by tensor descriptors."""
-    return (architecture, "symmetric", "descriptor") in _CONFIGS
+    return (architecture, "symmetric", "descriptor") in CONFIGS
 
 
-def configs(architecture: str, kernel: Kernel, variant: Variant, itemsize: int) -> tuple[Config, ...]:
+def configs(
+    architecture: str, kernel: Kernel, variant: Variant, itemsize: int, divisible: bool = True
+) -> tuple[Config, ...]:
     """All configurations of a kernel, the most generally good first.
 
     Args:
@@ -101,6 +115,7 @@ def configs(architecture: str, kernel: Kernel, variant: Variant, itemsize: int) 
         kernel: which kernel.
         variant: through pointers or through tensor descriptors.
         itemsize: bytes of an element, 2 or 4.
+        divisible: whether rows start at multiples of 16 bytes and all sizes are multiples of 16.
 
     Returns:
         One or more configurations.
@@ -108,13 +123,17 @@ def configs(architecture: str, kernel: Kernel, variant: Variant, itemsize: int) 
     Raises:
         ValueError: the architecture has no such variant.
     """
-    found = _CONFIGS.get((architecture, kernel, variant))
+    found = CONFIGS.get((architecture, kernel, variant))
     if found is None:
         raise ValueError(
             f"The {kernel} kernel has no variant {variant!r} for {architecture}; it has 'pointer' everywhere and "
             f"'descriptor' on sm_90 and sm_100; leave the variant out to have it chosen."
         )
-    return found if itemsize == 2 else _FLOAT32
+    if variant == "pointer" and not divisible:
+        return INDIVISIBLE if itemsize == 2 else INDIVISIBLE_FLOAT32
+    if itemsize == 4:
+        return FLOAT32_CDNA if architecture.startswith("gfx") else FLOAT32
+    return found
 
 
 def prune(configs: Sequence[Config], m: int, n: int, batch: int) -> tuple[Config, ...]:
@@ -130,4 +149,9 @@ def prune(configs: Sequence[Config], m: int, n: int, batch: int) -> tuple[Config
         One or more of the candidates, in their order.
     """
     smallest = min(config.block_m for config in configs)
-    return tuple(config for config in configs if config.block_m == smallest or config.block_m < 2 * m)
+    largest = max(config.block_m for config in configs)
+    # From here on, large tiles keep every multiprocessor of the largest devices busy several times over.
+    enough = batch * (m // largest) ** 2 >= 1024
+    kept = [config for config in configs if config.block_m < 2 * m and config.block_n < 2 * n]
+    kept = [config for config in kept if not enough or config.block_m == largest]
+    return tuple(kept) or tuple(config for config in configs if config.block_m == smallest)

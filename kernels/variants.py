@@ -56,7 +56,8 @@ def symmetric(config: Config, variant: Variant, dtype: torch.dtype, has_c: bool,
     """
     m, k = config.block_m, config.block_k
     boxes: dict[str, tuple[int, ...]] = {"a": (1, m, k), "b": (1, m, k), "c": (1, m, m), "y": (1, m, m)}
-    others = {"sums": "*fp32", "scalars": "*fp32", "m": "i32", "k": "i32", "scalar_stride": "i32"}
+    others = {"sums": "*fp32", "sum_stride": "i32", "scalars": "*fp32", "m": "i32", "k": "i32"}
+    others["scalar_stride"] = "i32"
     constants: dict[str, Any] = {"BLOCK_M": m, "BLOCK_K": k, "GROUP": config.group}
     absent = {name: None for name, present in (("c", has_c), ("sums", has_sums)) if not present}
     function = syrk.symmetric_pointer if variant == "pointer" else syrk.symmetric_descriptor
@@ -120,6 +121,7 @@ def _describe(
     if descriptors:
         types = {name: f"tensordesc<{TYPES[dtype]}[{','.join(map(str, boxes[name]))}]>" for name in names}
     signature = types | {name: kind for name, kind in others.items() if name not in constants}
+    limit = {} if config.registers is None else {"maxnreg": config.registers}
     aligned = {"n", "m", "k"} | {name for name, kind in signature.items() if kind.startswith("*")}
     return Specialization(
         function=function,
@@ -127,5 +129,5 @@ def _describe(
         constants=constants,
         divisible=tuple(name for name in signature if name in aligned),
         boxes={name: boxes[name] for name in names} if descriptors else {},
-        options={"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers},
+        options={"num_warps": config.warps, "num_stages": config.stages} | limit,
     )

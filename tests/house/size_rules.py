@@ -57,7 +57,7 @@ class Source:
 
 
 def read_sources(root: Path) -> list[Source]:
-    """All Python files of the repository; ``distmuon/kernels`` is a link and counts once, as ``kernels``."""
+    """All Python files of the repository; links in ``distmuon`` count once, by the folders they lead to."""
     found: list[Path] = []
     for name in EVERYTHING:
         top = root / name

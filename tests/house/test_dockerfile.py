@@ -66,7 +66,7 @@ def test_everything_copied_exists_and_is_in_the_build_context(dockerfile: list[t
     ignore = (REPO / ".dockerignore").read_text().split()
     assert ignore[0] == "*"
     copied = [word for rest in of(dockerfile, "COPY") for word in rest.split()[:-1] if not word.startswith("--")]
-    assert {"setup.py", "distmuon", "kernels", "configs", "launch"} <= set(copied)
+    assert {"setup.py", "distmuon", "benchmarks", "kernels", "configs", "launch"} <= set(copied)
     for name in copied:
         assert (REPO / name).exists(), name
         assert f"!{name}" in ignore

@@ -23,7 +23,7 @@ FAKE_TOOL = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >>"$LOG"
 [[ -z "${FAIL:-}" || "$(basename "$0") $*" != *"$FAIL"* ]]
 """
-INSTALL = ["torch==2.13.0", "deepspeed==0.19.8", "--editable .[dev,hf]"]
+INSTALL = ["torch==2.13.0", "triton==3.7.0", "deepspeed==0.19.8", "--editable .[dev,hf]"]
 
 
 class Checkout:
@@ -123,6 +123,16 @@ def test_changed_requirements_install_again_into_the_same_environment(checkout: 
         assert not [line for line in log if "venv" in line]
 
 
+def test_each_pin_is_part_of_what_makes_the_environment_right(checkout: Checkout) -> None:
+    for pin in ("torch==2.13.0", "triton==3.7.0", "deepspeed==0.19.8"):
+        checkout.run("make", "test")
+        checkout.log()
+        makefile = checkout.root / "Makefile"
+        makefile.write_text(makefile.read_text().replace(f"{pin}\n", f"{pin}.1\n"))
+        checkout.run("make", "test")
+        assert f"{pin}.1" in installed(checkout.log())
+
+
 def test_another_python_or_a_moved_checkout_makes_a_new_environment(checkout: Checkout) -> None:
     checkout.run("make", "test")
     checkout.log()
@@ -137,7 +147,7 @@ def test_another_python_or_a_moved_checkout_makes_a_new_environment(checkout: Ch
 def test_a_failed_install_is_tried_again(checkout: Checkout) -> None:
     assert checkout.run("make", "test", fail="deepspeed").returncode != 0
     log = checkout.log()
-    assert installed(log) == INSTALL[:2]
+    assert installed(log) == INSTALL[:3]
     assert "-m pytest" not in " ".join(log)
     assert checkout.run("make", "test").returncode == 0
     assert installed(checkout.log()) == INSTALL
@@ -173,6 +183,22 @@ def test_train_runs_both_optimizers_and_compares_them(checkout: Checkout) -> Non
     ]
     assert checkout.run("make", "train", fail="moe_mini.toml").returncode != 0
     assert checkout.log() == ["local.sh train configs/runs/moe_mini.toml --resume auto"]
+
+
+def test_kernels_passes_on_options_and_the_exit_status(checkout: Checkout) -> None:
+    (checkout.root / "kernels").mkdir()
+    assert checkout.run("make", "kernels", "ARGS=--quick").returncode == 0
+    assert checkout.log()[-1] == "-m distmuon bench kernels --quick"
+    assert checkout.run("make", "kernels", fail="bench kernels").returncode != 0
+
+
+def test_bench_runs_all_that_the_documents_quote_or_the_one_that_is_named(checkout: Checkout) -> None:
+    assert checkout.run("make", "bench").returncode == 0
+    assert checkout.log()[-2:] == ["-m distmuon bench comm", "-m distmuon bench ns"]
+    assert checkout.run("make", "bench", fail="bench comm").returncode != 0
+    assert checkout.log()[-1] == "-m distmuon bench comm"
+    assert checkout.run("make", "bench", "ARGS=ns --quick").returncode == 0
+    assert checkout.log() == ["-m distmuon bench ns --quick"]
 
 
 CHECKS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,22 @@ def names(requirements: list[str]) -> set[str]:
     return {Requirement(item).name for item in requirements}
 
 
-def test_kernels_are_part_of_the_package_and_nothing_else_is_top_level(package: dict[str, Any]) -> None:
-    assert (REPO / "distmuon/kernels").readlink() == Path("../kernels")
-    assert {"distmuon", "distmuon.kernels"} <= set(package["packages"])
+@pytest.mark.parametrize("name", ["benchmarks", "kernels"])
+def test_linked_folders_are_part_of_the_package(name: str, package: dict[str, Any]) -> None:
+    assert (REPO / "distmuon" / name).readlink() == Path("..") / name
+    assert f"distmuon.{name}" in package["packages"]
+
+
+def test_nothing_else_is_top_level(package: dict[str, Any]) -> None:
     assert {name.split(".")[0] for name in package["packages"]} == {"distmuon"}
     assert package["package_data"] == {"distmuon": ["py.typed"]}
     assert (REPO / "distmuon/py.typed").is_file()
 
 
 def test_every_folder_with_code_is_a_package(package: dict[str, Any]) -> None:
-    folders = {path.parent for path in (REPO / "distmuon").rglob("*.py")}
-    assert {".".join(folder.relative_to(REPO).parts) for folder in folders} <= set(package["packages"])
+    walked = os.walk(REPO / "distmuon", followlinks=True)
+    folders = [Path(folder) for folder, _, files in walked if any(name.endswith(".py") for name in files)]
+    assert {".".join(folder.relative_to(REPO).parts) for folder in folders} == set(package["packages"])
 
 
 def test_the_core_needs_neither_deepspeed_nor_triton(package: dict[str, Any]) -> None:
@@ -51,6 +57,8 @@ def test_extras(package: dict[str, Any]) -> None:
     extras = package["extras_require"]
     assert set(extras) == {"deepspeed", "dev", "hf", "train", "triton"}
     assert extras["deepspeed"] == ["deepspeed>=0.19.8"]
+    assert set(extras["triton"]) < set(extras["dev"])
+    assert names(extras["triton"]) == {"triton"}
     assert set(extras["deepspeed"]) < set(extras["train"]) < set(extras["dev"])
     assert "apex" not in names([*package["install_requires"], *sum(extras.values(), [])])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import comm
+from distmuon.benchmarks import comm
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -23,10 +23,11 @@ def test_this_repository_keeps_the_rules() -> None:
     assert size_rules.check(REPO) == []
 
 
-def test_the_linked_kernels_count_once() -> None:
+@pytest.mark.parametrize("name", ["benchmarks", "kernels"])
+def test_linked_folders_count_once(name: str) -> None:
     paths = [str(source.path) for source in size_rules.read_sources(REPO)]
-    assert "kernels/__init__.py" in paths
-    assert not [path for path in paths if path.startswith("distmuon/kernels/")]
+    assert f"{name}/__init__.py" in paths
+    assert not [path for path in paths if path.startswith(f"distmuon/{name}/")]
 
 
 def test_good_file_passes(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from distmuon.coefficients import (
     valid_up_to,
 )
 from distmuon.errors import ConfigError
-from distmuon.published import CANS, CUBIC5, PAPERS, POLAR_EXPRESS, SAFETY
+from distmuon.published import CANS, CUBIC5, PAPERS, POLAR_EXPRESS, SAFETY, YOU
 from distmuon.remez import divide_input, optimal_composition
 
 NAMES = [name for name in get_args(PresetName) if name != "custom"]
@@ -123,6 +123,10 @@ def test_the_range_of_a_cubic_includes_its_only_extremum() -> None:
     assert output_range(((0.0, -1.0, 0.0),), 2.0) == (-8.0, 0.0)
 
 
+def test_a_range_that_overflows_is_infinite() -> None:
+    assert output_range(CANS * 3, 1.01) == (-math.inf, math.inf)
+
+
 def test_the_search_for_illegal_inputs_ends() -> None:
     assert valid_up_to(((0.1, 0.0, 0.0),)) == SEARCH_END
     assert valid_up_to(((-1.0, 0.0, 0.0),)) < 1e-9
@@ -180,6 +184,18 @@ def test_published_presets_are_the_published_lists() -> None:
         found = preset(name).quintics
         np.testing.assert_allclose(found[0], divide_input(raw[0], 1.01), rtol=1e-12)
         assert found[1:] == raw[1:]
+
+
+@pytest.mark.parametrize(
+    ("table", "sums"),
+    [
+        (YOU, (17.4906, -24.9840, 10.2742)),
+        (CANS, (22.1753, -35.2803, 20.6965)),
+        (CUBIC5, (13.1419268, -8.5085628, 0.0)),
+    ],
+)
+def test_published_digits_add_up(table: tuple[Quintic, ...], sums: Quintic) -> None:
+    np.testing.assert_allclose(np.sum(table, axis=0), sums, atol=1e-9)
 
 
 def test_a_custom_list_is_taken_as_it_is() -> None:

@@ -1,8 +1,7 @@
-"""The iteration: every arrangement of segments against its polynomials, the starting scales, and what keeps it stable."""
+"""The iteration: all arrangements of segments against their polynomials, starting scales, and what keeps it stable."""
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import pytest
@@ -18,10 +17,29 @@ from tests import oracle
 from tests.composed import composed, start_norm
 
 # No two steps alike, none even nearly orthogonalizing: a step left out, doubled or exchanged shows.
-QUINTICS: tuple[Quintic, ...] = ((3.0, -4.0, 2.0), (1.7, -0.9, 0.2), (1.2, 0.3, -0.4), (2.0, -1.5, 0.5), (0.8, 0.1, 0.05))
+QUINTICS: tuple[Quintic, ...] = (
+    (3.0, -4.0, 2.0),
+    (1.7, -0.9, 0.2),
+    (1.2, 0.3, -0.4),
+    (2.0, -1.5, 0.5),
+    (0.8, 0.1, 0.05),
+)
 STARTS: tuple[Start, ...] = ("frobenius", "schatten8")
 # Every way to cut four steps, and some cuts of five.
-CUTS = [(1, 1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (2, 2), (1, 3), (3, 1), (4,), (1, 2, 2), (2, 2, 1), (2, 3), (3, 2)]
+CUTS = [
+    (1, 1, 1, 1),
+    (1, 1, 2),
+    (1, 2, 1),
+    (2, 1, 1),
+    (2, 2),
+    (1, 3),
+    (3, 1),
+    (4,),
+    (1, 2, 2),
+    (2, 2, 1),
+    (2, 3),
+    (3, 2),
+]
 # Rounding to 10 and to 7 bits.
 BANDS = {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.06}
 
@@ -35,8 +53,8 @@ def spectra(rows: int, cols: int) -> Tensor:
     left = torch.linalg.qr(random((rows, rows), 1).double())[0]
     right = torch.linalg.qr(random((cols, rows), 2).double())[0].mT
     index = torch.arange(1, rows + 1).double()
-    sigma = torch.stack([1 / index, torch.ones(rows), 0.01 + (index == 1), 2.0**-index.clamp(max=12), index])
-    return ((left * sigma.unsqueeze(-2)) @ right).float()
+    sigma = torch.stack([1 / index, torch.ones(rows), 0.01 + (index == 1), 2.0 ** -index.clamp(max=12), index])
+    return torch.matmul(left * sigma.unsqueeze(-2), right).float()
 
 
 @pytest.mark.parametrize("segments", CUTS)
@@ -64,9 +82,10 @@ def test_matrices_that_a_cpu_computes_one_by_one(segments: tuple[int, ...], star
         assert oracle.relative(found, exact) < BANDS[dtype]
 
 
-@pytest.mark.parametrize(("start", "segments"), product(STARTS, [(1, 1), (2,)]))
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("segments", [(1, 1), (2,), (2, 2)])
 def test_cubics(start: Start, segments: tuple[int, ...]) -> None:
-    cubics = ((1.5, -0.5, 0.0), (1.2, -0.2, 0.0))
+    cubics = ((1.5, -0.5, 0.0), (1.2, -0.2, 0.0), (1.4, -0.4, 0.0), (1.3, -0.3, 0.0))[: sum(segments)]
     x = spectra(24, 40)
     for dtype, band in BANDS.items():
         found = iterate(prescale(x, dtype), Schedule(cubics, segments, start), TorchProducts())
@@ -100,11 +119,11 @@ class Counting(TorchProducts):
         return super().product(*args)
 
     def multiply(self, q_BMM: Tensor, x_BMN: Tensor) -> Tensor:
-        self.seen.append("X")
+        self.seen.append("QX")
         return super().multiply(q_BMM, x_BMN)
 
     def add_product(self, x_BMN: Tensor, p_BMM: Tensor, a: Scalar) -> Tensor:
-        self.seen.append("X")
+        self.seen.append("aX+PX")
         return super().add_product(x_BMN, p_BMM, a)
 
 
@@ -114,8 +133,22 @@ def test_no_product_more_than_needed(start: Start, segments: tuple[int, ...]) ->
     products = Counting()
     x = prescale(random((2, 8, 12)), torch.float32)
     iterate(x, Schedule(QUINTICS[: sum(segments)], segments, start), products)
-    expected = [name for length in segments for name in ("gram", *["product"] * (4 * length - 3), "X")]
+    expected: list[str] = []
+    for length in segments:
+        expected += ["gram", *["product"] * (4 * length - 3)]
+        # One step rounds less as aX + PX; where the scale comes from R^2, it is folded into Q.
+        folded = len(expected) == 2 and start == "schatten8"
+        expected.append("aX+PX" if length == 1 and not folded else "QX")
     assert products.seen == expected
+
+
+@pytest.mark.parametrize(("start", "squares"), [("frobenius", 0), ("schatten8", 1)])
+def test_cubics_take_no_square_but_for_their_norm(start: Start, squares: int) -> None:
+    x, cubic = prescale(random((2, 8, 12)), torch.float32), (1.5, -0.5, 0.0)
+    for segments in ((1, 1, 1), (1, 2), (3,)):
+        products = Counting()
+        iterate(x, Schedule((cubic,) * 3, segments, start), products)
+        assert products.seen.count("product") == 3 * (3 - len(segments)) + squares
 
 
 @pytest.mark.parametrize("dtype", BANDS)
@@ -125,6 +158,8 @@ def test_frobenius_scale_is_one_over_the_norm(shape: tuple[int, int], dtype: tor
     found = frobenius_scale(TorchProducts().gram(x))
     norms = x.double().square().sum(dim=(1, 2)).sqrt()
     assert found.dtype == torch.float64
+    traces = TorchProducts().gram(x).double().diagonal(dim1=1, dim2=2).sum(dim=1)
+    assert torch.allclose(found, 1 / traces.sqrt(), rtol=1e-14, atol=0)
     # The diagonal of R is rounded.
     assert torch.allclose(found * norms, torch.ones_like(norms), rtol=2 * torch.finfo(dtype).eps, atol=0)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distmuon import newton_schulz
+from distmuon.iteration import iterate
 from distmuon.kernels import cpu
 from distmuon.kernels.products import TorchProducts
 from distmuon.newton_schulz import orthogonalize, prescale
@@ -86,7 +87,6 @@ def test_the_bound_on_memory_does_not_show(preset: str, form: str, monkeypatch: 
         seen.append(len(x_BMN))
         return iterate(x_BMN, *args)
 
-    iterate = newton_schulz.iterate
     monkeypatch.setattr(newton_schulz, "iterate", watch)
     for bound, counts in ((1, [1] * 10), (24 * 40 * 4 - 1, [3, 3, 3, 1]), (24 * 40 * 4, [4, 4, 2])):
         monkeypatch.setattr(newton_schulz, "BATCH_NUMEL", bound)
@@ -148,6 +148,30 @@ def test_memory_that_was_not_written_is_not_read(shape: tuple[int, int]) -> None
 def test_a_parameter_may_be_the_input(shape: tuple[int, int]) -> None:
     x, ns = random(shape), setting("bfloat16")
     assert torch.equal(orthogonalize(torch.nn.Parameter(x.clone()), ns), orthogonalize(x, ns))
+
+
+@every_dtype
+@every_form
+def test_a_largest_magnitude_that_is_known_does_not_show(dtype: str, preset: str, form: str) -> None:
+    """Within a factor of two; a matrix that is not finite is so anyhow."""
+    x, ns = random((2, 3, 12, 20)), setting(dtype, preset, form)
+    x[0] *= 1e-30
+    x[1, 1] = 0
+    expected, largest = orthogonalize(x, ns), x.abs().amax(dim=(-2, -1))
+    for factor in (1.0, 0.6, 1.9):
+        assert torch.equal(orthogonalize(x, ns, largest * factor), expected)
+    x[1, 2, 3, 4] = torch.nan
+    found = orthogonalize(x, ns, x.abs().amax(dim=(-2, -1)))
+    assert not found[1, 2].isfinite().any()
+    assert torch.equal(found[:, :2], expected[:, :2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_autocast_does_not_show(dtype: str) -> None:
+    x, ns = random((24, 40)), setting(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = orthogonalize(x, ns)
+    assert torch.equal(found, orthogonalize(x, ns))
 
 
 @every_form

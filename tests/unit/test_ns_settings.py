@@ -28,7 +28,11 @@ RESTARTS = "must be one or more increasing numbers of steps from 1 to 4; without
 WIDE_MARGIN = 'form = "gram" needs coefficients that tolerate 5% of overshoot, preset '
 # Field, legal values, and illegal ones with what the sentence says.
 FIELDS: list[tuple[str, list[Any], list[tuple[Any, str]]]] = [
-    ("preset", ["papers", "opt4", "papers8+2"], [("pap", "must be 'papers', 'you', .* or 'custom'"), (None, "must be")]),
+    (
+        "preset",
+        ["papers", "opt4", "papers8+2"],
+        [("pap", "must be 'papers', 'you', .* or 'custom'"), (None, "must be")],
+    ),
     (
         "steps",
         [None, 1, 20],
@@ -96,7 +100,7 @@ def test_legal_values(field: str, value: Any) -> None:
 @pytest.mark.parametrize(("field", "value", "says"), [(name, *pair) for name, _, bad in FIELDS for pair in bad])
 def test_an_illegal_value_is_named_with_what_is_legal(field: str, value: Any, says: str) -> None:
     found = sentence({field: value})
-    assert re.search(f"^file.toml: \"ns.{field}\" = {re.escape(repr(value))} is not legal: it .*{says}", found)
+    assert re.search(f'^file.toml: "ns.{field}" = {re.escape(repr(value))} is not legal: it .*{says}', found)
     assert "tuple" not in found
     assert found.endswith(".")
     assert not found.endswith("..")
@@ -116,7 +120,9 @@ def test_combinations_that_are_refused(table: dict[str, Any], says: str) -> None
 
 def test_unknown_keys() -> None:
     assert sentence({"restart": [1, 3]}) == 'file.toml: unknown key "ns.restart"; did you mean "restarts"?'
-    assert sentence({"qqq": 1}).startswith('file.toml: unknown key "ns.qqq"; legal keys are coefficients, dtype, form, ')
+    assert sentence({"qqq": 1}).startswith(
+        'file.toml: unknown key "ns.qqq"; legal keys are coefficients, dtype, form, '
+    )
 
 
 TABLES = [

@@ -18,6 +18,11 @@ from distmuon.ns_settings import NewtonSchulz
 from distmuon.schedule import flops, make_schedule
 
 CUSTOM = {"preset": "custom", "coefficients": ((1.6, -0.7, 0.1),) * 4, "form": "gram"}
+CUBICS = {
+    "preset": "custom",
+    "coefficients": ((1.5, -0.5, 0.0), (1.6, -0.7, 0.1), *[(1.5, -0.5, 0.0)] * 2),
+    "form": "gram",
+}
 METHODS: list[dict[str, Any]] = [
     {"preset": "papers", "form": "plain"},
     {"preset": "papers", "form": "gram", "dtype": "float16", "restarts": (3,)},
@@ -28,6 +33,10 @@ METHODS: list[dict[str, Any]] = [
     {"preset": "opt6", "form": "gram", "dtype": "float32", "restarts": (3,)},
     CUSTOM,
     CUSTOM | {"start": "schatten8"},
+    {"preset": "cubic5"},
+    CUBICS,
+    CUBICS | {"start": "schatten8"},
+    CUBICS | {"start": "schatten8", "form": "plain", "dtype": "float32"},
 ]
 
 
@@ -54,9 +63,11 @@ def test_the_formula_counts_what_is_multiplied(
 ) -> None:
     ns = NewtonSchulz.model_validate({**method, "kernels": kernels})
     rows, cols = sorted(shape[-2:])
-    segments = make_schedule(ns, rows, cols, products.symmetric_fraction).segments
-    expected = flops(rows, cols, segments, products.symmetric_fraction) * (shape[0] if len(shape) > 2 else 1)
-    assert counted(torch.randn(shape), ns) == expected
+    chosen = make_schedule(ns, rows, cols, products.symmetric_fraction)
+    # The Schatten-8 start squares the first Gram matrix in any case.
+    cubics = [c for _, _, c in chosen.quintics][1 if chosen.start == "schatten8" else 0 :].count(0.0)
+    each = flops(rows, cols, chosen.segments, products.symmetric_fraction, cubics)
+    assert counted(torch.randn(shape), ns) == each * (shape[0] if len(shape) > 2 else 1)
 
 
 @pytest.mark.parametrize(("preset", "form"), [("papers", "plain"), ("opt5", "gram")])
@@ -86,6 +97,12 @@ def test_panels_are_counted_as_they_are_multiplied(preset: Any, form: Any, dtype
 def test_closed_forms(segments: Sequence[int], computed: Any, wide: int, square: int) -> None:
     for rows, cols in ((512, 512), (512, 2048), (1, 3), (0, 0)):
         assert flops(rows, cols, segments, computed) == wide * rows**2 * cols + square * rows**3
+
+
+def test_cubics_take_no_square() -> None:
+    assert flops(512, 2048, (1,) * 5, whole, cubics=5) == 20 * 512**2 * 2048
+    assert flops(512, 2048, (1,) * 5, half, cubics=5) == 15 * 512**2 * 2048
+    assert flops(512, 2048, (1, 2, 2), whole, cubics=1) == 12 * 512**2 * 2048 + 20 * 512**3
 
 
 def test_the_fraction_is_asked_for_both_symmetric_products() -> None:
@@ -155,7 +172,7 @@ def test_a_start_of_one_s_own_is_kept() -> None:
 
 
 def test_the_form_is_chosen_by_the_products_that_run() -> None:
-    """768 x 1100 takes plain products whole on a CPU; 768 x 2048 takes panels, but its square products do not."""
+    """By the fraction that they compute, and by no other."""
     fraction = CpuProducts().symmetric_fraction
     ns = NewtonSchulz()
     assert make_schedule(ns, 768, 1100, fraction).segments == (1,) * 5

@@ -1,0 +1,1 @@
+"""What the compiler says about Triton kernels without a GPU: compiled, never run."""
