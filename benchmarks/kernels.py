@@ -84,7 +84,7 @@ def compile_kernels(targets: list[str], kernels: list[str], *, quick: bool, jobs
     from distmuon.benchmarks.compiled import catalog
 
     cases = list(catalog.cases(targets, kernels, quick=quick))
-    with multiprocessing.get_context("spawn").Pool(min(jobs, len(cases))) as pool:
+    with multiprocessing.get_context("spawn").Pool(max(1, min(jobs, len(cases)))) as pool:
         done = pool.imap(catalog.compile_case, cases)
         return list(tqdm.tqdm(done, total=len(cases), desc="compiling", unit="kernel", mininterval=1.0))
 

@@ -51,8 +51,9 @@ def draw(results: dict[str, Any]) -> Figure:
         fontweight="bold",
     )
     figure.supxlabel(
-        f"Median and quartiles of {results['rounds']} rounds; {machine['clock']}, {machine['threads']} thread(s), "
-        f"{machine['device']} ({', '.join(machine['bfloat16_units'])}), torch {machine['versions']['torch']}.",
+        f"Median and quartiles of {results['rounds']} rounds; {machine['clock']}, {machine['device']} "
+        f"({', '.join(machine['bfloat16_units'])}), torch {machine['versions']['torch']}\n"
+        "The eager triple takes the matrices of a batch one by one",
         color=FAINT,
         fontsize=9,
     )
@@ -102,8 +103,8 @@ def draw_shape(axes: Axes, groups: Sequence[dict[str, Any]]) -> None:
     batch, sizes = first["batch"], first["shape"].split("x", 1)[1]
     eager = first["rows"][0]["ms"]
     axes.set_title(
-        first["shape"] if batch == 1 else f"{batch} of {sizes}", loc="left", color=INK, fontsize=11, fontweight="bold"
+        first["shape"] if batch == 1 else f"{batch} of {sizes}", loc="left", color=INK, fontsize=10.5, fontweight="bold"
     )
-    axes.set_title(f"eager: {eager:.3g} ms", loc="right", color=FAINT, fontsize=9)
+    axes.set_title(f"eager {eager:.3g} ms", loc="right", color=FAINT, fontsize=8.5)
     plain(axes)
     axes.grid(visible=False, axis="y")

@@ -1,7 +1,7 @@
 """Newton-Schulz in segments: X <- p_T(...p_1(X)) for odd quintics p, by products of small symmetric matrices.
 
 A segment of one step is the plain iteration. A longer one is Gram Newton-Schulz: it iterates on R = XX^T, collects the
-factor Q of X, and multiplies X once, at its end (a restart). Shapes: B matrices, M rows, N >= M columns.
+factors W = aI + bR + cR^2 of X in Q, and multiplies X once, at its end (a restart). Shapes: B matrices, M rows, N >= M columns.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from distmuon.coefficients import Quintic, Start
-from distmuon.kernels.products import HALF_SQUARE, Products
+from distmuon.kernels.products import Products
 
 # Rounding of R and R^2 may shrink the estimate of the spectral norm: keep it an upper bound.
 SCHATTEN_MARGIN = 1.005
+# R^2 times this is what float16 stores: with a Frobenius norm of at most 32, R^2 alone would overflow.
+HALF_SQUARE = 2.0**-5
 # Below the norm of any prescaled matrix but zero; its inverse stays in the range of 16 bits, its fifth power finite.
 SMALLEST_NORM = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-20, torch.float32: 2.0**-20}
 
@@ -49,88 +51,50 @@ def iterate(x_BMN: Tensor, schedule: Schedule, products: Products) -> Tensor:
     done = 0
     for length in schedule.segments:
         quintics = schedule.quintics[done : done + length]
-        if done == 0:
-            x_BMN = _first_segment(x_BMN, quintics, schedule.start, products)
-        elif length == 1:
+        if done > 0 and length == 1:
             x_BMN = _step(x_BMN, quintics[0], products)
         else:
-            x_BMN = _gram_segment(x_BMN, quintics, products)
+            gram_BMM = products.gram(x_BMN)
+            if done == 0:
+                w_BMM = _starting_factor(gram_BMM, quintics[0], schedule.start, products)
+            else:
+                w_BMM = products.polynomial(gram_BMM, *quintics[0])
+            x_BMN = products.multiply(_collect(w_BMM, gram_BMM, quintics[1:], products), x_BMN)
         done += length
     return x_BMN
-
-
-def _factor(gram_BMM: Tensor, b: float, c: float, products: Products) -> Tensor:
-    """Compute bR + cR^2; cubics need no square."""
-    return gram_BMM * b if c == 0 else products.product(gram_BMM, gram_BMM, gram_BMM, c, b)
 
 
 def _step(x_BMN: Tensor, quintic: Quintic, products: Products) -> Tensor:
     """X <- aX + (bR + cR^2)X."""
     a, b, c = quintic
-    return products.add_product(x_BMN, _factor(products.gram(x_BMN), b, c, products), a)
+    return products.add_product(x_BMN, products.polynomial(products.gram(x_BMN), 0.0, b, c), a)
 
 
-def _gram_segment(x_BMN: Tensor, quintics: Sequence[Quintic], products: Products) -> Tensor:
-    (a, b, c), *rest = quintics
-    gram_BMM = products.gram(x_BMN)
-    z_BMM = _factor(gram_BMM, b, c, products)
-    q_BMM = z_BMM.clone()
-    q_BMM.diagonal(dim1=-2, dim2=-1).add_(a)
-    return products.multiply(_collect(q_BMM, gram_BMM, z_BMM, a, rest, products), x_BMN)
-
-
-def _first_segment(x_BMN: Tensor, quintics: Sequence[Quintic], start: Start, products: Products) -> Tensor:
-    """The segment that also scales its input, by folding the scale into coefficients: sX has s^2 R.
-
-    Powers of s are products: those of torch depend on the place of an element in its tensor, hence on the batch.
-    """
-    (a, b, c), *rest = quintics
-    gram_BMM = products.gram(x_BMN)
+def _starting_factor(gram_BMM: Tensor, quintic: Quintic, start: Start, products: Products) -> Tensor:
+    """W = s(aI + b s^2 R + c s^4 R^2): the first step and, folded into its coefficients, the scale of the input."""
+    a, b, c = quintic
+    stored = HALF_SQUARE if gram_BMM.dtype == torch.float16 else 1.0
+    square_BMM, squares_B = products.square_norm(gram_BMM, stored)
     if start == "frobenius":
         s_B = frobenius_scale(gram_BMM)
-        s2_B = s_B * s_B
-        if not rest:
-            p_BMM = _scaled_factor(gram_BMM, b * s2_B * s_B, c * s2_B * s2_B * s_B, products, cubic=c == 0)
-            return products.add_product(x_BMN, p_BMM, (a * s_B).float())
-        z_BMM = _scaled_factor(gram_BMM, b * s2_B, c * s2_B * s2_B, products, cubic=c == 0).float()
     else:
-        stored = HALF_SQUARE if x_BMN.dtype == torch.float16 else 1.0
-        square_BMM = products.product(gram_BMM, gram_BMM, None, stored, 0.0)
-        s_B = schatten8_scale(square_BMM, stored)
-        s2_B = s_B * s_B
-        # Both products of the first polynomial exist by now: put it together here, in float32.
-        z_BMM = square_BMM.float().mul_(_each(c / stored * s2_B * s2_B))
-        z_BMM.add_(gram_BMM.to(torch.float32, copy=True).mul_(_each(b * s2_B)))
-    q_BMM = z_BMM.clone() if rest else z_BMM
-    q_BMM.diagonal(dim1=-2, dim2=-1).add_(a)
-    q_BMM = q_BMM.mul_(_each(s_B)).to(x_BMN.dtype)
-    if rest:
-        gram_BMM = (gram_BMM * _each(s2_B)).to(x_BMN.dtype)
-        q_BMM = _collect(q_BMM, gram_BMM, z_BMM.to(x_BMN.dtype), a, rest, products)
-    return products.multiply(q_BMM, x_BMN)
+        s_B = schatten8_scale(squares_B / stored**2, gram_BMM.dtype)
+    # Not powers: torch's depend on the place of an element in its tensor, hence on the batch.
+    s3_B = s_B * s_B * s_B
+    return products.combine(gram_BMM, square_BMM, a * s_B, b * s3_B, c / stored * s3_B * s_B * s_B)
 
 
-def _scaled_factor(gram_BMM: Tensor, b_B: Tensor, c_B: Tensor, products: Products, cubic: bool) -> Tensor:
-    """Compute bR + cR^2 with coefficients that differ by matrix."""
-    if cubic:
-        return (gram_BMM * _each(b_B)).to(gram_BMM.dtype)
-    return products.product(gram_BMM, gram_BMM, gram_BMM, c_B.float(), b_B.float())
+def _collect(w_BMM: Tensor, gram_BMM: Tensor, rest: Sequence[Quintic], products: Products) -> Tensor:
+    """Multiply the factors W of a segment's remaining steps into Q, starting with the first step's.
 
-
-def _each(values_B: Tensor) -> Tensor:
-    return values_B.float()[:, None, None]
-
-
-def _collect(
-    q_BMM: Tensor, gram_BMM: Tensor, z_BMM: Tensor, a: float, rest: Sequence[Quintic], products: Products
-) -> Tensor:
-    """Multiply the factors aI + Z of the remaining steps into Q; ``a`` and ``z_BMM`` come from the step before."""
-    for following in rest:
-        half_BMM = products.product(gram_BMM, z_BMM, gram_BMM, 1.0, a)
-        gram_BMM = products.product(z_BMM, half_BMM, half_BMM, 1.0, a)
-        a, b, c = following
-        z_BMM = _factor(gram_BMM, b, c, products)
-        q_BMM = products.product(q_BMM, z_BMM, q_BMM, 1.0, a)
+    Each W belongs to the X that all factors before it gave, so it comes from the left; Q is not exactly symmetric, and
+    what is unsymmetric in it counts.
+    """
+    q_BMM = w_BMM
+    for quintic in rest:
+        gram_BMM = products.product(w_BMM, products.product(gram_BMM, w_BMM))
+        w_BMM = products.polynomial(gram_BMM, *quintic)
+        q_BMM = products.multiply(w_BMM, q_BMM)
     return q_BMM
 
 
@@ -148,18 +112,17 @@ def frobenius_scale(gram_BMM: Tensor) -> Tensor:
     return squares_B.clamp(min=SMALLEST_NORM[gram_BMM.dtype] ** 2).rsqrt()
 
 
-def schatten8_scale(square_BMM: Tensor, stored: float = 1.0) -> Tensor:
+def schatten8_scale(squares_B: Tensor, dtype: torch.dtype) -> Tensor:
     """Scale that brings 1.005 times the Schatten-8 norm, ||R^2||_F^(1/4), to 1.
 
     No singular value exceeds that norm, and the largest is much closer to it than to the Frobenius norm.
 
     Args:
-        square_BMM: [B, M, M] R^2 times ``stored``.
-        stored: factor that R^2 is stored with.
+        squares_B: [B] float64 ||R^2||_F^2.
+        dtype: dtype of the iteration.
 
     Returns:
         [B] float64; finite for a zero matrix.
     """
-    rows_BM: Tensor = torch.linalg.vector_norm(square_BMM.float(), dim=-1).double()
-    norm_B = (rows_BM.square().sum(dim=-1).sqrt() / stored).sqrt().sqrt()
-    return (SCHATTEN_MARGIN * norm_B).clamp(min=SMALLEST_NORM[square_BMM.dtype]).reciprocal()
+    norm_B = squares_B.sqrt().sqrt().sqrt()
+    return (SCHATTEN_MARGIN * norm_B).clamp(min=SMALLEST_NORM[dtype]).reciprocal()

@@ -22,11 +22,14 @@ def flops(rows: int, cols: int, segments: Sequence[int], fraction: Fraction, cub
         cubics: number of steps with c = 0, which need no square of the Gram matrix.
 
     Returns:
-        For every segment of L steps: XX^T, 4L - 3 symmetric products of M x M matrices, and one product with X.
+        For every segment of L steps: XX^T, 3L - 2 symmetric products and L - 1 others of M x M matrices, and one product
+        with X.
     """
     gram = 2 * rows**2 * cols * fraction(rows, cols)
-    square = 2 * rows**3 * fraction(rows, rows)
-    return sum(gram + (4 * length - 3) * square + 2 * rows**2 * cols for length in segments) - cubics * square
+    full = 2 * rows**3
+    square = full * fraction(rows, rows)
+    last = 2 * rows**2 * cols
+    return sum(gram + (3 * length - 2) * square + (length - 1) * full + last for length in segments) - cubics * square
 
 
 def make_schedule(ns: NewtonSchulz, rows: int, cols: int, fraction: Fraction) -> Schedule:
@@ -47,8 +50,8 @@ def make_schedule(ns: NewtonSchulz, rows: int, cols: int, fraction: Fraction) ->
     segments = ns.gram_segments() if ns.form == "gram" or (ns.form == "auto" and ns.dtype != "float32") else None
     if segments is None:
         return chosen
-    # The Schatten-8 start takes the square of the first Gram matrix in any case.
-    cubics = sum(c == 0 for _, _, c in chosen.quintics[chosen.start == "schatten8" :])
+    # The start takes the square of the first Gram matrix in any case.
+    cubics = sum(c == 0 for _, _, c in chosen.quintics[1:])
     plain_flops = flops(rows, cols, chosen.segments, fraction, cubics)
     cheaper = flops(rows, cols, segments, fraction, cubics) < plain_flops
     if ns.form == "gram" or cheaper:

@@ -1,6 +1,6 @@
 """The matrix products of Newton-Schulz in plain torch, on any device.
 
-Shapes: B matrices, M rows, N columns. P, Q, R and Z are symmetric, and polynomials of one matrix, so that they commute.
+Shapes: B matrices, M rows, N columns. P, R and W are symmetric, and polynomials of one matrix, so that they commute.
 """
 
 from __future__ import annotations
@@ -10,11 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# A number for all matrices of a batch, or one for each, [B] float32, which is read on the device.
-Scalar = float | Tensor
-# Squares that are not scaled yet leave float16's range; this brings those of XX^T back for norms of X up to 32.
-HALF_SQUARE = 2.0**-5
-
 
 class Products(Protocol):
     """What Newton-Schulz asks of a device; no method writes to its arguments."""
@@ -23,16 +18,28 @@ class Products(Protocol):
         """Compute XX^T, [B, M, M]."""
         ...
 
-    def product(self, p_BMM: Tensor, q_BMM: Tensor, r_BMM: Tensor | None, alpha: Scalar, beta: Scalar) -> Tensor:
-        """Compute alpha P Q + beta R, [B, M, M]; no R counts as zero."""
+    def square_norm(self, r_BMM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """Compute alpha R^2, [B, M, M], and the squared Frobenius norm of each, [B] float64."""
         ...
 
-    def multiply(self, q_BMM: Tensor, x_BMN: Tensor) -> Tensor:
-        """Compute Q X, [B, M, N]."""
+    def product(self, p_BMM: Tensor, w_BMM: Tensor) -> Tensor:
+        """Compute P W, [B, M, M]."""
         ...
 
-    def add_product(self, x_BMN: Tensor, p_BMM: Tensor, a: Scalar) -> Tensor:
-        """Compute a X + P X, [B, M, N]."""
+    def polynomial(self, r_BMM: Tensor, a: float, b: float, c: float) -> Tensor:
+        """Compute aI + bR + cR^2, [B, M, M], with one rounding."""
+        ...
+
+    def combine(self, r_BMM: Tensor, square_BMM: Tensor, a_B: Tensor, b_B: Tensor, c_B: Tensor) -> Tensor:
+        """Compute aI + bR + cS, [B, M, M], with one rounding, for coefficients of each matrix and a given S."""
+        ...
+
+    def multiply(self, w_BMM: Tensor, x_BMN: Tensor) -> Tensor:
+        """Compute W X, [B, M, N]."""
+        ...
+
+    def add_product(self, x_BMN: Tensor, p_BMM: Tensor, a: float) -> Tensor:
+        """Compute a X + P X, [B, M, N], with one rounding."""
         ...
 
     def symmetric_fraction(self, rows: int, inner: int) -> float:
@@ -43,8 +50,9 @@ class Products(Protocol):
 class TorchProducts:
     """Batched products of torch; the plain twin of the fast ones.
 
-    Products are P Q and never P Q^T: where rounding makes Q a little unsymmetric, its transpose would feed that back
-    into Gram Newton-Schulz, which then diverges.
+    Products are P W and never P W^T: where rounding makes W a little unsymmetric, its transpose would feed that back
+    into Gram Newton-Schulz, which then diverges. No number differs from call to call but in elementwise operations:
+    oneDNN compiles a product anew for every beta, and a number read from a GPU would wait for it.
     """
 
     def gram(self, x_BMN: Tensor) -> Tensor:
@@ -52,30 +60,40 @@ class TorchProducts:
         x = x_BMN.to(widened(x_BMN))
         return torch.bmm(x, x.mT).to(x_BMN.dtype)
 
-    def product(self, p_BMM: Tensor, q_BMM: Tensor, r_BMM: Tensor | None, alpha: Scalar, beta: Scalar) -> Tensor:
-        """Compute alpha P Q + beta R, [B, M, M], all of it; one rounding, or two where numbers differ by matrix."""
-        dtype, wide = p_BMM.dtype, widened(p_BMM)
-        p, q = p_BMM.to(wide), q_BMM.to(wide)
-        if isinstance(alpha, Tensor):
-            # Squares could overflow float16 before alpha brings them back.
-            stored = HALF_SQUARE if wide == torch.float16 else 1.0
-            done = torch.baddbmm(p, p, q, beta=0.0, alpha=stored) * (alpha / stored)[:, None, None]
-            return (done if r_BMM is None else done + each(beta, r_BMM) * r_BMM).to(dtype)
-        if r_BMM is None:
-            return torch.baddbmm(p, p, q, beta=0.0, alpha=alpha).to(dtype)
-        assert not isinstance(beta, Tensor), "alpha and beta are of one kind"
-        return torch.baddbmm(r_BMM.to(wide), p, q, beta=beta, alpha=alpha).to(dtype)
+    def square_norm(self, r_BMM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """Compute alpha R^2, [B, M, M], and the squared Frobenius norm of each, [B] float64."""
+        r = r_BMM.to(widened(r_BMM))
+        square_BMM = torch.baddbmm(r, r, r, beta=0.0, alpha=alpha).to(r_BMM.dtype)
+        return square_BMM, row_squares(square_BMM).double().sum(dim=-1)
 
-    def multiply(self, q_BMM: Tensor, x_BMN: Tensor) -> Tensor:
-        """Compute Q X, [B, M, N]."""
+    def product(self, p_BMM: Tensor, w_BMM: Tensor) -> Tensor:
+        """Compute P W, [B, M, M], all of it."""
+        return self.multiply(p_BMM, w_BMM)
+
+    def polynomial(self, r_BMM: Tensor, a: float, b: float, c: float) -> Tensor:
+        """Compute aI + bR + cR^2, [B, M, M]; with its diagonal in float32, since a may be much larger than the rest."""
+        wide = r_BMM.to(widened(r_BMM))
+        # torch's bfloat16 product ignores beta where alpha is 0.
+        y_BMM = wide * b if c == 0 else torch.baddbmm(wide, wide, wide, beta=b, alpha=c)
+        if a != 0:
+            r_BM = r_BMM.diagonal(dim1=-2, dim2=-1).float()
+            y_BMM.diagonal(dim1=-2, dim2=-1).copy_(a + b * r_BM + c * row_squares(r_BMM))
+        return y_BMM.to(r_BMM.dtype)
+
+    def combine(self, r_BMM: Tensor, square_BMM: Tensor, a_B: Tensor, b_B: Tensor, c_B: Tensor) -> Tensor:
+        """Compute aI + bR + cS, [B, M, M], in float32."""
+        y_BMM = (square_BMM * _each(c_B)).add_(r_BMM * _each(b_B))
+        y_BMM.diagonal(dim1=-2, dim2=-1).add_(a_B.float()[:, None])
+        return y_BMM.to(r_BMM.dtype)
+
+    def multiply(self, w_BMM: Tensor, x_BMN: Tensor) -> Tensor:
+        """Compute W X, [B, M, N]."""
         wide = widened(x_BMN)
-        return torch.bmm(q_BMM.to(wide), x_BMN.to(wide)).to(x_BMN.dtype)
+        return torch.bmm(w_BMM.to(wide), x_BMN.to(wide)).to(x_BMN.dtype)
 
-    def add_product(self, x_BMN: Tensor, p_BMM: Tensor, a: Scalar) -> Tensor:
-        """Compute a X + P X, [B, M, N]; one rounding, or two where a differs by matrix."""
+    def add_product(self, x_BMN: Tensor, p_BMM: Tensor, a: float) -> Tensor:
+        """Compute a X + P X, [B, M, N]."""
         x = x_BMN.to(widened(x_BMN))
-        if isinstance(a, Tensor):
-            return (torch.bmm(p_BMM.to(x.dtype), x) + each(a, x) * x).to(x_BMN.dtype)
         return torch.baddbmm(x, p_BMM.to(x.dtype), x, beta=a).to(x_BMN.dtype)
 
     def symmetric_fraction(self, rows: int, inner: int) -> float:
@@ -83,19 +101,21 @@ class TorchProducts:
         return 1.0
 
 
-def each(scalar: Scalar, like: Tensor) -> Tensor:
-    """Shape numbers for elementwise products with a batch.
+def row_squares(r_BMM: Tensor) -> Tensor:
+    """Sum of squares of every row.
 
     Args:
-        scalar: one number, or one per matrix, [B].
-        like: [B, ...] on the device.
+        r_BMM: [B, M, M].
 
     Returns:
-        float32 [B, 1, 1].
+        [B, M] float32: rows are contiguous, so the order of a sum does not depend on the batch.
     """
-    if not isinstance(scalar, Tensor):
-        scalar = torch.full((like.shape[0],), scalar, dtype=torch.float32, device=like.device)
-    return scalar[:, None, None]
+    norms: Tensor = torch.linalg.vector_norm(r_BMM, dim=-1, dtype=torch.float32)
+    return norms.square()
+
+
+def _each(scalar_B: Tensor) -> Tensor:
+    return scalar_B.float()[:, None, None]
 
 
 def widened(x_BMN: Tensor) -> torch.dtype:

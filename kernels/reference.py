@@ -79,7 +79,7 @@ def momentum_cast(
 
     Returns:
         The input u, and for every block of ``NORM_BLOCK`` elements of it (float32 [blocks, 2]) the largest |u| and the
-        sum of squares of u / 2^e, where 2^e is the largest power of two up to it, but at least 2^-126; NaN if that is not finite.
+        sum of squares of u / 2^e, where 2^e is the largest power of two up to it, but at least 2^-126.
 
     Source: Moonlight (arXiv 2502.16982), equation 1 with its Nesterov footnote.
     """

@@ -54,6 +54,16 @@ def lower_tile(index: tl.tensor, tiles: tl.tensor, GROUP: tl.constexpr) -> tl.te
 
 
 @triton.jit
+def _place(m: tl.tensor, BLOCK_M: tl.constexpr, GROUP: tl.constexpr) -> tl.tensor:
+    """This program's matrix, the number of its tile, and the tile's first row and column."""
+    tiles = tl.cdiv(m, BLOCK_M)
+    count = tiles * (tiles + 1) // 2
+    tile = tl.program_id(0) % count
+    tile_row, tile_column = lower_tile(tile, tiles, GROUP)
+    return tl.program_id(0) // count, tile, tile_row * BLOCK_M, tile_column * BLOCK_M
+
+
+@triton.jit
 def _combine(product: tl.tensor, old: tl.tensor, scalars: tl.tensor) -> tl.tensor:
     """alpha product + beta old, in float32."""
     result = tl.load(scalars) * product
@@ -77,6 +87,37 @@ def _mirror(lower: tl.tensor) -> tl.tensor:
     # Or of the bits takes half the registers of a select, and leaves the diagonal, equal on both sides, as it is.
     bits = lower.to(tl.int16 if width == 16 else tl.int32, bitcast=True)
     return (bits | tl.trans(bits)).to(lower.dtype, bitcast=True)
+
+
+@triton.jit
+def _pointer_product(
+    a: tl.tensor,
+    b: tl.tensor,
+    batch: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    m: tl.tensor,
+    k: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """A tile of A B^T. Rows of A past the end count as zeros; what those of B give is not to be used."""
+    span, depth = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    inside_row = (row + span < m)[:, None]
+    a += (batch * m + row) * k
+    b += (batch * m + column) * k
+    a_offsets = span[:, None] * k + depth[None, :]
+    b_offsets = tl.minimum(span, m - 1 - column)[:, None] * k + depth[None, :]
+    product = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        # Columns are masked: clamping the contiguous axis would make its loads scalar.
+        inside = (depth < k - start)[None, :]
+        a_tile = tl.load(a + a_offsets, mask=inside_row & inside, other=0.0)
+        b_tile = tl.load(b + b_offsets, mask=inside, other=0.0)
+        product = tl.dot(a_tile, tl.trans(b_tile), product, input_precision="ieee")
+        a += BLOCK_K
+        b += BLOCK_K
+    return product
 
 
 @triton.jit
@@ -112,29 +153,11 @@ def symmetric_pointer(
         BLOCK_K: columns of A and B multiplied at a time.
         GROUP: tile rows of a band, see lower_tile.
     """
-    tiles = tl.cdiv(m, BLOCK_M)
-    count = tiles * (tiles + 1) // 2
-    batch = (tl.program_id(0) // count).to(tl.int64)
-    tile = tl.program_id(0) % count
-    tile_row, tile_column = lower_tile(tile, tiles, GROUP)
-    row, column = tile_row * BLOCK_M, tile_column * BLOCK_M
+    batch, tile, row, column = _place(m, BLOCK_M, GROUP)
+    batch = batch.to(tl.int64)
+    product = _pointer_product(a, b, batch, row, column, m, k, BLOCK_M, BLOCK_K)
     span = tl.arange(0, BLOCK_M)
-    depth = tl.arange(0, BLOCK_K)
     inside_row, inside_column = row + span < m, column + span < m
-    # Rows of A past the end count as zeros, those of B may hold anything: their products are not stored.
-    a += (batch * m + row) * k
-    b += (batch * m + column) * k
-    a_offsets = span[:, None] * k + depth[None, :]
-    b_offsets = tl.minimum(span, m - 1 - column)[:, None] * k + depth[None, :]
-    product = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
-    for start in range(0, k, BLOCK_K):
-        # Columns are masked: clamping the contiguous axis would make its loads scalar.
-        inside = (depth < k - start)[None, :]
-        a_tile = tl.load(a + a_offsets, mask=inside_row[:, None] & inside, other=0.0)
-        b_tile = tl.load(b + b_offsets, mask=inside, other=0.0)
-        product = tl.dot(a_tile, tl.trans(b_tile), product, input_precision="ieee")
-        a += BLOCK_K
-        b += BLOCK_K
     offsets = span[:, None] * m + span[None, :]
     inside = inside_row[:, None] & inside_column[None, :]
     lower = (batch * m + row) * m + column
@@ -144,7 +167,7 @@ def symmetric_pointer(
     scalars += batch * scalar_stride
     result = _combine(product, old, scalars)
     # Two separate endings: a shared one would hold the registers of both.
-    if tile_row == tile_column:
+    if row == column:
         result, on_diagonal = _lower_half(result, tl.where(inside_row, tl.load(scalars + 2), 0.0))
         if sums is not None:
             tl.store(sums + batch * sum_stride + tile, 2.0 * tl.sum(result * result) - on_diagonal)
@@ -191,12 +214,7 @@ def symmetric_descriptor(
         BLOCK_K: see there.
         GROUP: see there.
     """
-    tiles = tl.cdiv(m, BLOCK_M)
-    count = tiles * (tiles + 1) // 2
-    batch = tl.program_id(0) // count
-    tile = tl.program_id(0) % count
-    tile_row, tile_column = lower_tile(tile, tiles, GROUP)
-    row, column = tile_row * BLOCK_M, tile_column * BLOCK_M
+    batch, tile, row, column = _place(m, BLOCK_M, GROUP)
     product = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
     for start in range(0, k, BLOCK_K):
         a_tile = a.load([batch, row, start]).reshape(BLOCK_M, BLOCK_K)
@@ -207,7 +225,7 @@ def symmetric_descriptor(
         old = c.load([batch, row, column]).reshape(BLOCK_M, BLOCK_M)
     scalars += batch.to(tl.int64) * scalar_stride
     result = _combine(product, old, scalars)
-    if tile_row == tile_column:
+    if row == column:
         inside_row = row + tl.arange(0, BLOCK_M) < m
         result, on_diagonal = _lower_half(result, tl.where(inside_row, tl.load(scalars + 2), 0.0))
         if sums is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distmuon.kernels import triton_ops
-from distmuon.kernels.products import Scalar, TorchProducts, each
+from distmuon.kernels.products import TorchProducts
 
 # Rows of the tiles that the shipped configurations prefer.
 TILE = 128
@@ -24,19 +24,23 @@ class TritonProducts(TorchProducts):
         """Compute XX^T, [B, M, M], from its lower triangle of tiles."""
         return triton_ops.symmetric_product(x_BMN, x_BMN, None, _on_device((1.0, 0.0, 0.0), x_BMN.device))
 
-    def product(self, p_BMM: Tensor, q_BMM: Tensor, r_BMM: Tensor | None, alpha: Scalar, beta: Scalar) -> Tensor:
-        """Compute alpha P Q + beta R, [B, M, M], from its lower triangle of tiles; q is symmetric bit for bit."""
-        if isinstance(alpha, Tensor):
-            scalars = torch.stack([alpha, each(beta, p_BMM).flatten(), torch.zeros_like(alpha)], dim=1)
-        else:
-            assert not isinstance(beta, Tensor), "alpha and beta are of one kind"
-            scalars = _on_device((alpha, beta, 0.0), p_BMM.device)
-        return triton_ops.symmetric_product(p_BMM, q_BMM, r_BMM, scalars)
+    def square_norm(self, r_BMM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """Compute alpha R^2, [B, M, M], and the squared norms of its unrounded values, [B] float64."""
+        scalars = _on_device((alpha, 0.0, 0.0), r_BMM.device)
+        square_BMM, squares_B = triton_ops.symmetric_product_norm(r_BMM, r_BMM, None, scalars)
+        return square_BMM, squares_B.double()
 
-    def add_product(self, x_BMN: Tensor, p_BMM: Tensor, a: Scalar) -> Tensor:
+    def product(self, p_BMM: Tensor, w_BMM: Tensor) -> Tensor:
+        """Compute P W, [B, M, M], from its lower triangle of tiles; w is symmetric bit for bit."""
+        return triton_ops.symmetric_product(p_BMM, w_BMM, None, _on_device((1.0, 0.0, 0.0), p_BMM.device))
+
+    def polynomial(self, r_BMM: Tensor, a: float, b: float, c: float) -> Tensor:
+        """Compute aI + bR + cR^2, [B, M, M], from its lower triangle of tiles."""
+        return triton_ops.symmetric_product(r_BMM, r_BMM, r_BMM, _on_device((c, b, a), r_BMM.device))
+
+    def add_product(self, x_BMN: Tensor, p_BMM: Tensor, a: float) -> Tensor:
         """Compute a X + P X, [B, M, N]."""
-        scalars = a[:, None] if isinstance(a, Tensor) else _on_device((a,), x_BMN.device)
-        return triton_ops.add_product(x_BMN, p_BMM, scalars)
+        return triton_ops.add_product(x_BMN, p_BMM, _on_device((a,), x_BMN.device))
 
     def symmetric_fraction(self, rows: int, inner: int) -> float:
         """Tiles of the lower triangle, (t + 1) / 2t of t x t."""

@@ -1,6 +1,7 @@
 """Tile sizes of the matrix kernels per architecture, as plain data; which suits a shape is measured on the device.
 
-Every entry was compiled ahead of time for its architecture: no spills, no scalar loads in the inner loop. None was run.
+Every entry was compiled ahead of time for its architecture, without spills and, unless it is for indivisible sizes,
+without scalar loads in the inner loop. None was ever run.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ FLOAT32 = (Config(64, 64, 16, 4, 3),)
 FLOAT32_CDNA = (Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2))
 # Sizes that are no multiples of 16 are read element by element, which takes registers.
 INDIVISIBLE = (Config(64, 64, 32, 4, 2),)
-INDIVISIBLE_FLOAT32 = (Config(64, 64, 16, 4, 2),)
+INDIVISIBLE_FLOAT32 = (Config(32, 32, 32, 4, 2),)
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in CONFIGS))
 
 

@@ -19,8 +19,8 @@ from distmuon.kernels.variants import Specialization
 KERNELS = ("symmetric", "polynomial", "momentum")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Sizes of one launch; the JIT asks only whether they are 1 or multiples of 16. Per-matrix scalars: stride 3 or 1.
-ALIGNED = {"m": 4096, "n": 16384, "k": 16384, "length": 1 << 24}
-ODD = {"m": 4095, "n": 16383, "k": 16383, "length": (1 << 24) - 1}
+ALIGNED = {"m": 4096, "n": 16384, "k": 16384, "sum_stride": 528, "length": 1 << 24}
+ODD = {"m": 4095, "n": 16383, "k": 16383, "sum_stride": 2080, "length": (1 << 24) - 1}
 FORMS = {(False, False): "AB^T", (True, False): "AB^T + C", (False, True): "AB^T, norm", (True, True): "AB^T + C, norm"}
 
 
@@ -92,9 +92,9 @@ def matrix(target: str, kernel: Any) -> Iterator[Case]:
         for dtype in (torch.float16, torch.float32):
             config = tuning.configs(target, kernel, variant, dtype.itemsize)[0]
             yield Case(kernel, target, variant, main, dtype, config, aligned=True, default=True)
-        if variant == "pointer":
-            config = tuning.configs(target, kernel, variant, 2)[0]
-            yield Case(kernel, target, variant, main, torch.bfloat16, config, aligned=False, default=True)
+        for dtype in (torch.bfloat16, torch.float32) if variant == "pointer" else ():
+            config = tuning.configs(target, kernel, variant, dtype.itemsize, divisible=False)[0]
+            yield Case(kernel, target, variant, main, dtype, config, aligned=False, default=True)
 
 
 def momentum(target: str) -> Iterator[Case]:

@@ -26,7 +26,7 @@ class Work:
     def bound(self, target: Target) -> tuple[float, str]:
         """Seconds that the launch takes at least at published peak numbers, and what sets them.
 
-        A tile runs on one multiprocessor, so that some of them compute at least the tiles over their number, rounded up.
+        A tile runs on one multiprocessor, so that the busiest computes the tiles over their number, rounded up.
         """
         busiest = -(-self.tiles // target.multiprocessors) * self.flops / self.tiles
         arithmetic, memory = busiest * target.multiprocessors / target.peak, self.bytes / target.bandwidth

@@ -137,12 +137,13 @@ def document(text: str, results: dict[str, Any], public: dict[str, Any]) -> str:
         "## Beside public kernels",
         f"Compiled by us from their public sources with the same tools, never run: {sources}. Cells read registers per "
         "thread / KiB of shared memory per CTA / CTAs per multiprocessor. s is stages, w is warps. "
-        "Empty cells: tiles that do not ship, or that the kernel does not take.",
+        "Empty cells: tiles that do not ship, or that the kernel does not take. Ours carry the register limits of "
+        "`kernels/tuning.py`; theirs have none.",
         *(f"### {target}\n\n{rivals(public['kernels'], results['kernels'], target)}" for target in public["targets"]),
         "## Work and bounds",
         f"By arithmetic at tiles of {TILE}x{TILE}x{DEPTH} in 16-bit types. The last columns are lower bounds in "
-        "microseconds from published peak numbers and what sets them; no run can be faster, none was timed. A tile runs on "
-        "one multiprocessor, so that few tiles leave the others idle.",
+        "microseconds from published peak numbers and what sets them; no run can be faster, none was timed. A tile "
+        "runs on one multiprocessor, so that few tiles leave the others idle.",
         work_table(results["work"]),
     ]
     return "\n".join([before + MARKS[0], "\n\n".join(parts), "", MARKS[1] + after])

@@ -36,7 +36,11 @@ def test_first_choices_are_within_the_budgets(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
     done = run(tmp_path, "--quick", "--json", str(out))
     assert done.returncode == 0, done.stderr[-3000:]
-    records = json.loads(out.read_text())["kernels"]
+    found, recorded = json.loads(out.read_text()), json.loads(kernels.RESULTS.read_text())
+    assert found["tools"] == recorded["tools"]
+    records = found["kernels"]
+    stale = [record for record in records if record not in recorded["kernels"]]
+    assert not stale, "the recorded figures are of other kernels; run make kernels"
     assert {(record["target"], record["kernel"]) for record in records} == {
         (target, kernel) for target in TARGETS for kernel in kernels.KERNELS
     }

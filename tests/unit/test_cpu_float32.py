@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from distmuon import newton_schulz
 from distmuon.kernels import cpu_float32
 from distmuon.kernels.cpu_float32 import EXACT, fast_float32, is_exact
 from distmuon.newton_schulz import orthogonalize
@@ -58,18 +59,19 @@ def test_the_probe_agrees_with_this_cpu() -> None:
 
 @pytest.mark.parametrize(("error", "accepted"), [(1e-7, True), (4e-7, True), (2e-6, False), (2e-3, False)])
 def test_the_probe_accepts_float32_only(monkeypatch: pytest.MonkeyPatch, error: float, accepted: bool) -> None:
-    seen: list[str] = []
+    seen: list[tuple[str, bool]] = []
 
     def multiply(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         exact = torch.mm(first, second)
         if first.dtype == torch.float32:
-            seen.append(MATMUL.fp32_precision)
+            seen.append((MATMUL.fp32_precision, torch.is_autocast_enabled("cpu")))
             exact = torch.mm(first.double(), second.double()) * (1 + error)
         return exact
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
-    assert is_exact() == accepted
-    assert seen == ["bf16"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_exact() == accepted
+    assert seen == [("bf16", False)]
     assert EXACT == 1e-6
 
 
@@ -168,6 +170,21 @@ def test_threads_take_turns() -> None:
         for one in done:
             one.result(10)
     assert MATMUL.fp32_precision == before
+
+
+@pytest.mark.usefixtures("_accepted")
+@pytest.mark.parametrize("ns", [FLOAT32, NewtonSchulz()])
+def test_it_is_on_while_float32_is_orthogonalized(ns: NewtonSchulz, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    before = MATMUL.fp32_precision
+
+    def watch(x_BMN: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(MATMUL.fp32_precision != before)
+        return x_BMN
+
+    monkeypatch.setattr(newton_schulz, "iterate", watch)
+    orthogonalize(random(4, 6), ns)
+    assert seen == [ns is FLOAT32]
 
 
 def test_two_threads_orthogonalize() -> None:

@@ -79,7 +79,8 @@ def test_matrices_by_panels_have_the_same_bits_in_a_batch() -> None:
 
 @every_form
 def test_the_bound_on_memory_does_not_show(preset: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch, ns = random((2, 5, 24, 40)), setting("bfloat16", preset, form)
+    sizes = 2.0 ** torch.arange(-50, 50, 10).view(2, 5, 1, 1)
+    batch, ns = random((2, 5, 24, 40)) * sizes, setting("bfloat16", preset, form)
     expected = orthogonalize(batch, ns)
     seen: list[int] = []
 
@@ -90,9 +91,10 @@ def test_the_bound_on_memory_does_not_show(preset: str, form: str, monkeypatch: 
     monkeypatch.setattr(newton_schulz, "iterate", watch)
     for bound, counts in ((1, [1] * 10), (24 * 40 * 4 - 1, [3, 3, 3, 1]), (24 * 40 * 4, [4, 4, 2])):
         monkeypatch.setattr(newton_schulz, "BATCH_NUMEL", bound)
-        assert torch.equal(orthogonalize(batch, ns), expected)
-        assert seen == counts
-        seen.clear()
+        for largest in (None, batch.abs().amax(dim=(-2, -1))):
+            assert torch.equal(orthogonalize(batch, ns, largest), expected)
+            assert seen == counts
+            seen.clear()
 
 
 @every_dtype
@@ -108,6 +110,11 @@ def test_powers_of_two_do_not_change_a_bit(power: int, dtype: str, preset: str, 
 def test_powers_of_two_in_float64_do_not_change_a_bit(power: int, preset: str, form: str) -> None:
     x, ns = random((12, 20)).double(), setting("float32", preset, form)
     assert torch.equal(orthogonalize(x * 2.0**power, ns), orthogonalize(x, ns))
+
+
+def test_subnormal_float64_input_is_not_lost() -> None:
+    x = torch.randint(-9, 9, (12, 20), generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(orthogonalize(x * 2.0**-1070, setting()), orthogonalize(x, setting()))
 
 
 @every_dtype
@@ -160,6 +167,9 @@ def test_a_largest_magnitude_that_is_known_does_not_show(dtype: str, preset: str
     expected, largest = orthogonalize(x, ns), x.abs().amax(dim=(-2, -1))
     for factor in (1.0, 0.6, 1.9):
         assert torch.equal(orthogonalize(x, ns, largest * factor), expected)
+    if dtype != "float16":
+        # It is taken at its word: this would scale everything to zero.
+        assert not torch.equal(orthogonalize(x, ns, largest * 2.0**60), expected)
     x[1, 2, 3, 4] = torch.nan
     found = orthogonalize(x, ns, x.abs().amax(dim=(-2, -1)))
     assert not found[1, 2].isfinite().any()

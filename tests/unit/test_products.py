@@ -68,12 +68,13 @@ def test_numbers_per_matrix(shape: tuple[int, int], dtype: torch.dtype, products
     """One rounding in a loop over matrices or in float32, two on a whole batch."""
     x, p, q, r = operands(3, *shape, dtype)
     X, P, Q, R = (t.double() for t in (x, p, q, r))
-    alpha, beta = torch.tensor([1.5, -0.3, 1e-3]), torch.tensor([0.0, 2.0, -1.0])
+    alpha, beta = torch.tensor([1.5, -0.3, 1e-3]), torch.tensor([0.0, 2.3, -1.7])
     A, B = alpha.double().view(3, 1, 1), beta.double().view(3, 1, 1)
     loop = shape[0] >= LOOP_ROWS and isinstance(products, CpuProducts)
     roundings = 1 if loop or widened(x) == torch.float32 else 2
     check(products.product(p, q, r, alpha, beta), A * P @ Q + B * R, roundings, A * P @ Q)
     check(products.add_product(x, p, beta), B * X + P @ X, roundings, P @ X)
+    check(products.product(p, q, None, alpha, 0.0), A * P @ Q, roundings, A * P @ Q)
 
 
 @pytest.fixture
@@ -109,8 +110,8 @@ def test_panels_of_square_products(dtype: torch.dtype, rows: int) -> None:
         found = CpuProducts().product(p, q, r, alpha, beta)
         check(found, each(alpha, r).double() * exact + each(beta, r).double() * r.double())
         assert torch.equal(found[:, apart], found.mT[:, apart])
-    for factor in (1.0, 0.5, numbers[0]):
-        check(CpuProducts().product(p, q, None, factor, 0.0), each(factor, r).double() * exact)
+    for factor, ignored in ((1.0, 0.0), (1.0, 2.0), (0.5, 2.0), (numbers[0], 0.0)):
+        check(CpuProducts().product(p, q, None, factor, ignored), each(factor, r).double() * exact)
 
 
 @pytest.mark.usefixtures("_small_panels")
@@ -121,6 +122,9 @@ def test_panels_compute_as_much_as_they_say(rows: int) -> None:
         CpuProducts().product(p, p, p, 0.5, 1.0)
     fraction = CpuProducts().symmetric_fraction(rows, rows)
     assert fraction == (1.0 if rows == 69 else 5 / 8)
+    with FlopCounterMode(display=False) as float16:
+        CpuProducts().product(p.half(), p.half(), p.half(), 0.5, 1.0)
+    assert float16.get_total_flops() == 2 * rows**3
     # The last panel is narrower here.
     assert counter.get_total_flops() / (2 * rows**3) == pytest.approx(fraction, rel=0.05)
 
@@ -156,7 +160,7 @@ def test_no_argument_is_written_to_and_no_result_shares_its_memory(
 
 @every_product
 @pytest.mark.parametrize("rows", [4, LOOP_ROWS])
-def test_squares_stay_in_the_range_of_float16(rows: int, products: Products) -> None:
+def test_squares_stay_in_the_range_of_float16(rows: int, products: Products, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Frobenius norm of 32 in one singular value gives R = 1024, whose square overflows unless it is scaled."""
     assert HALF_SQUARE == 2**-5
     gram = torch.zeros(1, rows, rows, dtype=torch.float16)
@@ -164,6 +168,9 @@ def test_squares_stay_in_the_range_of_float16(rows: int, products: Products) -> 
     square = products.product(gram, gram, None, HALF_SQUARE, 0.0)
     assert float(square[0, 0, 0]) == 2.0**15
     alpha, beta = torch.tensor([2.0**-20]), torch.tensor([2.0**-10])
+    assert float(products.product(gram, gram, gram, alpha, beta)[0, 0, 0]) == 2.0
+    # As on a device that multiplies float16 as it is.
+    monkeypatch.setattr("distmuon.kernels.products.widened", lambda x: x.dtype)
     assert float(products.product(gram, gram, gram, alpha, beta)[0, 0, 0]) == 2.0
 
 
@@ -195,7 +202,7 @@ def test_numbers_that_are_not_finite_reach_their_matrix_only(rows: int, products
     ],
 )
 def test_symmetric_fraction_is_what_is_multiplied(rows: int, inner: int, fraction: float, dtype: Any) -> None:
-    assert (PANEL, PANEL_ROWS, PANEL_INNER) == (256, 768, 2048)
+    assert (PANEL, PANEL_ROWS, PANEL_INNER, LOOP_ROWS) == (256, 768, 2048, 256)
     x = torch.zeros(1, rows, inner, dtype=dtype)
     choices: list[tuple[Products, float]] = [(CpuProducts(), fraction), (TorchProducts(), 1.0)]
     for products, expected in choices:
