@@ -22,9 +22,9 @@ ROWS = (256, 384, 512, 640, 768, 1024, 1536, 2048)
 INNER = (256, 512, 1024, 2048, 4096, 8192)
 HEIGHTS = (64, 128, 256, 512)
 HEIGHT_SHAPES = ((512, 2048), (1024, 1024), (1024, 4096), (2048, 2048), (2048, 8192))
-LOOP_ROWS = (32, 64, 128, 256, 512, 1024)
+ALONE_ROWS = (32, 64, 128, 256, 512, 1024)
 BATCH = 4
-CONSTANTS = ("PANEL", "PANEL_ROWS", "PANEL_INNER", "LOOP_ROWS")
+CONSTANTS = ("PANEL", "PANEL_ROWS", "PANEL_INNER", "ALONE_ROWS")
 
 
 def measure(clock: Clock, rounds: int, *, quick: bool) -> dict[str, Any]:
@@ -45,21 +45,20 @@ def measure(clock: Clock, rounds: int, *, quick: bool) -> dict[str, Any]:
     def over(calls: Mapping[str, Callable[[float], object]]) -> float:
         for call in calls.values():
             call(1.0)
-        # Factors that differ by matrix differ by gradient, too: oneDNN prepares a product anew for each of an addend.
         plain, fast = interleave(calls, lambda turn: 1 + turn / 64, rounds, clock).values()
         return ratio(plain, fast).of_best
 
     def gram(rows: int, inner: int) -> float:
         x = _random(1, rows, inner)
-        return over({"whole": lambda _: whole.gram(x), "panels": lambda _: _panels(x[0], x[0].mT, None, 1.0, 0.0)})
+        return over({"whole": lambda _: whole.gram(x), "panels": lambda _: cpu._by_panels(x[0], x[0].mT)})
 
     def square(rows: int) -> float:
         p = _random(1, rows, rows)
         p = p + p.mT
         return over(
             {
-                "whole": lambda _: whole.product(p, p, p, 2.0, 3.0),
-                "panels": lambda _: _panels(p[0], p[0], p[0], 2.0, 3.0),
+                "whole": lambda _: whole.product(p, p),
+                "panels": lambda _: cpu._by_panels(p[0], p[0]),
             }
         )
 
@@ -68,12 +67,12 @@ def measure(clock: Clock, rounds: int, *, quick: bool) -> dict[str, Any]:
             return gram(rows, inner)
 
     def loop(rows: int) -> float:
-        p, scale = _random(BATCH, rows, rows), torch.linspace(1, 2, BATCH)
-        with mock.patch.object(cpu, "LOOP_ROWS", 1):
+        p, numbers = _random(BATCH, rows, rows), torch.linspace(1, 2, BATCH)
+        with mock.patch.object(cpu, "ALONE_ROWS", 1):
             return over(
                 {
-                    "batch": lambda turn: whole.product(p, p, p, scale * turn, scale * turn),
-                    "loop": lambda turn: cpu.CpuProducts().product(p, p, p, scale * turn, scale * turn),
+                    "batch": lambda turn: whole.combine(p, p, numbers, numbers, numbers * turn),
+                    "loop": lambda turn: cpu.CpuProducts().combine(p, p, numbers, numbers, numbers * turn),
                 }
             )
 
@@ -82,7 +81,7 @@ def measure(clock: Clock, rounds: int, *, quick: bool) -> dict[str, Any]:
     found["square"] = [[rows, rows, square(rows)] for rows in _shown(ROWS[:most], "square")]
     cases = [(*shape, height) for shape in HEIGHT_SHAPES[:most] for height in HEIGHTS]
     found["heights"] = [[*case, by_height(*case)] for case in _shown(cases, "heights")]
-    found["loop"] = [[rows, loop(rows)] for rows in _shown(LOOP_ROWS[:most], "one call per matrix")]
+    found["loop"] = [[rows, loop(rows)] for rows in _shown(ALONE_ROWS[:most], "one call per matrix")]
     found["pays_from"] = pays_from([*found["gram"], *found["square"]])
     found["loop_pays_from"] = pays_from([[rows, rows, gain] for rows, gain in found["loop"]])
     return found
@@ -141,14 +140,9 @@ def table(found: dict[str, Any]) -> str:
         f"panels pay from [rows, inner] {found['pays_from']}: "
         f"PANEL_ROWS = {found['PANEL_ROWS']}, PANEL_INNER = {found['PANEL_INNER']}",
         f"the largest gain is that of height {best[2]}: PANEL = {found['PANEL']}",
-        f"one call per matrix pays from [rows, rows] {found['loop_pays_from']}: LOOP_ROWS = {found['LOOP_ROWS']}",
+        f"one call per matrix pays from [rows, rows] {found['loop_pays_from']}: ALONE_ROWS = {found['ALONE_ROWS']}",
     ]
     return "\n".join(lines)
-
-
-def _panels(a_MK: Tensor, b_KM: Tensor, c_MM: Tensor | None, alpha: float, beta: float) -> Tensor:
-    # Also below the sizes that the library takes panels from.
-    return cpu._by_panels(a_MK, b_KM, c_MM, alpha, beta)
 
 
 def _random(batch: int, rows: int, inner: int) -> Tensor:

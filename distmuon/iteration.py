@@ -74,10 +74,11 @@ def _starting_factor(gram_BMM: Tensor, quintic: Quintic, start: Start, products:
     """W = s(aI + b s^2 R + c s^4 R^2): the first step and, folded into its coefficients, the scale of the input."""
     a, b, c = quintic
     stored = HALF_SQUARE if gram_BMM.dtype == torch.float16 else 1.0
-    square_BMM, squares_B = products.square_norm(gram_BMM, stored)
     if start == "frobenius":
+        square_BMM = products.square(gram_BMM, stored)
         s_B = frobenius_scale(gram_BMM)
     else:
+        square_BMM, squares_B = products.square_norm(gram_BMM, stored)
         s_B = schatten8_scale(squares_B / stored**2, gram_BMM.dtype)
     # Not powers: torch's depend on the place of an element in its tensor, hence on the batch.
     s3_B = s_B * s_B * s_B

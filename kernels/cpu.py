@@ -28,6 +28,10 @@ class CpuProducts(TorchProducts):
             return super().gram(x_BMN)
         return _stack([_by_panels(x_MN, x_MN.mT) for x_MN in x_BMN])
 
+    def square(self, r_BMM: Tensor, alpha: float) -> Tensor:
+        """Compute alpha R^2, [B, M, M]."""
+        return self.product(r_BMM, r_BMM) if alpha == 1.0 else super().square(r_BMM, alpha)
+
     def product(self, p_BMM: Tensor, w_BMM: Tensor) -> Tensor:
         """Compute P W, [B, M, M]."""
         if not _in_panels(p_BMM):

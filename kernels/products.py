@@ -18,6 +18,10 @@ class Products(Protocol):
         """Compute XX^T, [B, M, M]."""
         ...
 
+    def square(self, r_BMM: Tensor, alpha: float) -> Tensor:
+        """Compute alpha R^2, [B, M, M]."""
+        ...
+
     def square_norm(self, r_BMM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         """Compute alpha R^2, [B, M, M], and the squared Frobenius norm of each, [B] float64."""
         ...
@@ -60,10 +64,14 @@ class TorchProducts:
         x = x_BMN.to(widened(x_BMN))
         return torch.bmm(x, x.mT).to(x_BMN.dtype)
 
+    def square(self, r_BMM: Tensor, alpha: float) -> Tensor:
+        """Compute alpha R^2, [B, M, M], all of it."""
+        r = r_BMM.to(widened(r_BMM))
+        return torch.baddbmm(r, r, r, beta=0.0, alpha=alpha).to(r_BMM.dtype)
+
     def square_norm(self, r_BMM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         """Compute alpha R^2, [B, M, M], and the squared Frobenius norm of each, [B] float64."""
-        r = r_BMM.to(widened(r_BMM))
-        square_BMM = torch.baddbmm(r, r, r, beta=0.0, alpha=alpha).to(r_BMM.dtype)
+        square_BMM = self.square(r_BMM, alpha)
         return square_BMM, row_squares(square_BMM).double().sum(dim=-1)
 
     def product(self, p_BMM: Tensor, w_BMM: Tensor) -> Tensor:

@@ -24,6 +24,10 @@ class TritonProducts(TorchProducts):
         """Compute XX^T, [B, M, M], from its lower triangle of tiles."""
         return triton_ops.symmetric_product(x_BMN, x_BMN, None, _on_device((1.0, 0.0, 0.0), x_BMN.device))
 
+    def square(self, r_BMM: Tensor, alpha: float) -> Tensor:
+        """Compute alpha R^2, [B, M, M], from its lower triangle of tiles."""
+        return triton_ops.symmetric_product(r_BMM, r_BMM, None, _on_device((alpha, 0.0, 0.0), r_BMM.device))
+
     def square_norm(self, r_BMM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         """Compute alpha R^2, [B, M, M], and the squared norms of its unrounded values, [B] float64."""
         scalars = _on_device((alpha, 0.0, 0.0), r_BMM.device)

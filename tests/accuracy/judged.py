@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distmuon.benchmarks.matrices import HARD, Accuracy, Family, Sample, measure, samples
 from distmuon.iteration import Schedule, iterate
-from distmuon.kernels.products import Products, Scalar, TorchProducts
+from distmuon.kernels.products import Products, TorchProducts, row_squares
 from distmuon.newton_schulz import DTYPES, orthogonalize, prescale
 from distmuon.ns_settings import NewtonSchulz
 
@@ -23,8 +23,15 @@ class Mirrored(TorchProducts):
     def gram(self, x_BMN: Tensor) -> Tensor:
         return mirror(super().gram(x_BMN))
 
-    def product(self, p_BMM: Tensor, q_BMM: Tensor, r_BMM: Tensor | None, alpha: Scalar, beta: Scalar) -> Tensor:
-        return mirror(super().product(p_BMM, q_BMM, r_BMM, alpha, beta))
+    def square_norm(self, r_BMM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        square_BMM = mirror(super().square_norm(r_BMM, alpha)[0])
+        return square_BMM, row_squares(square_BMM).double().sum(dim=-1)
+
+    def product(self, p_BMM: Tensor, w_BMM: Tensor) -> Tensor:
+        return mirror(super().product(p_BMM, w_BMM))
+
+    def polynomial(self, r_BMM: Tensor, a: float, b: float, c: float) -> Tensor:
+        return mirror(super().polynomial(r_BMM, a, b, c))
 
 
 def mirror(y_BMM: Tensor) -> Tensor:

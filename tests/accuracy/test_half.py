@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distmuon.iteration import Schedule, iterate
-from distmuon.kernels.products import Scalar, TorchProducts
+from distmuon.kernels.products import TorchProducts
 from distmuon.newton_schulz import orthogonalize, prescale
 from tests.accuracy.judged import largest_sigma, random, setting
 
@@ -22,9 +22,10 @@ class Recorded(TorchProducts):
         self.products.append(super().gram(x_BMN))
         return self.products[-1]
 
-    def product(self, p_BMM: Tensor, q_BMM: Tensor, r_BMM: Tensor | None, alpha: Scalar, beta: Scalar) -> Tensor:
-        self.products.append(super().product(p_BMM, q_BMM, r_BMM, alpha, beta))
-        return self.products[-1]
+    def square_norm(self, r_BMM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        square_BMM, squares_B = super().square_norm(r_BMM, alpha)
+        self.products.append(square_BMM)
+        return square_BMM, squares_B
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

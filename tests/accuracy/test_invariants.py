@@ -10,7 +10,7 @@ from distmuon.ns_settings import NewtonSchulz
 from tests.accuracy.judged import random, setting
 
 PLAIN = ["papers", "you", "polar_express", "cans", "cubic5", "papers8+2", "opt4", "opt5", "opt6"]
-GRAM = ["papers", "you", "papers8+2", "opt4", "opt5", "opt6"]
+GRAM = ["papers", "papers8+2", "opt4", "opt5", "opt6"]
 METHODS = [
     pytest.param(setting(name, form, dtype), id=f"{name}-{form}-{dtype}")
     for form, names in (("plain", PLAIN), ("gram", GRAM), ("auto", ["opt5", "opt6"]))

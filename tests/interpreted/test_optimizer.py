@@ -37,11 +37,12 @@ def test_training_agrees_with_torch(dtype: str, near: float) -> None:
 
 def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    for name in ("symmetric_product", "add_product", "momentum_cast"):
+    names = ("symmetric_product", "symmetric_product_norm", "add_product", "momentum_cast")
+    for name in names:
         original = getattr(triton_ops, name)
         monkeypatch.setattr(triton_ops, name, lambda *a, _n=name, _f=original: called.append(_n) or _f(*a))
     train("triton", preset="polar_express")
-    assert set(called) == {"symmetric_product", "add_product", "momentum_cast"}
+    assert set(called) == set(names)
 
 
 @pytest.mark.parametrize("preset", ["papers", "opt5"])

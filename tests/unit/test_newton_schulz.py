@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from distmuon.errors import ConfigError, DistMuonError, ParameterError
-from distmuon.kernels.cpu import LOOP_ROWS
+from distmuon.kernels.cpu import ALONE_ROWS
 from distmuon.newton_schulz import orthogonalize
 from distmuon.ns_settings import NewtonSchulz
 from distmuon.published import PAPERS
@@ -28,8 +29,8 @@ WIDE = 24
 LONG = 40
 # Preset and form: one step at a time and several, both starts, odd and even numbers of steps.
 FORMS = [("papers", "plain"), ("papers", "gram"), ("opt5", "plain"), ("opt5", "gram"), ("opt6", "gram")]
-# The smallest matrices that a CPU computes one by one.
-LOOP = (LOOP_ROWS, LOOP_ROWS + 1)
+# The smallest matrices that a CPU combines one by one.
+ALONE = (ALONE_ROWS, ALONE_ROWS + 1)
 every_dtype = pytest.mark.parametrize("dtype", BANDS)
 every_form = pytest.mark.parametrize(("preset", "form"), FORMS)
 
@@ -57,7 +58,7 @@ def test_against_float64(shape: tuple[int, ...], dtype: str) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("shape", [(5, 7), (40, 24), (2, 3, 33, 64), LOOP])
+@pytest.mark.parametrize("shape", [(5, 7), (40, 24), (2, 3, 33, 64), ALONE])
 @pytest.mark.parametrize(
     ("preset", "form"), [*FORMS, ("you", "plain"), ("papers8+2", "gram"), ("opt4", "plain"), ("opt6", "plain")]
 )
@@ -181,6 +182,36 @@ def test_a_matrix_that_is_not_finite_takes_no_longer() -> None:
         x[2, 3] = float("nan")
     assert not found.isfinite().any()
     assert seconds[1] < 10 * seconds[0] + 0.2
+
+
+class ProductNumbers(TorchDispatchMode):
+    """Notes the numbers of every matrix product, beta and alpha among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.rstrip("_") in ("mm", "bmm", "addmm", "addbmm", "baddbmm"):
+            numbers = [n for n in args if not isinstance(n, Tensor)]
+            numbers += [(key, n) for key, n in (kwargs or {}).items() if not isinstance(n, Tensor)]
+            self.seen.append((name, *numbers))
+        return func(*args, **(kwargs or {}))
+
+
+@every_dtype
+@every_form
+@pytest.mark.parametrize("shape", [(2, 20, 36), ALONE])
+def test_no_product_is_compiled_anew_for_an_input(shape: tuple[int, ...], dtype: str, preset: str, form: str) -> None:
+    """oneDNN compiles a product for every beta and alpha that it meets: they must not depend on the matrices."""
+    seen = []
+    for size in (1.0, 1.3e-3, 777.0):
+        with ProductNumbers() as numbers:
+            orthogonalize((random(shape) * size).clamp(max=9).exp() - 1, of_form(dtype, preset, form))
+        seen.append(numbers.seen)
+    assert seen[0] == seen[1] == seen[2]
+    assert any("baddbmm" in name and more for name, *more in seen[0])
 
 
 @every_form

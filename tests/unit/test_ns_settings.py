@@ -25,6 +25,7 @@ OPT5 = (
     (1.96159, -1.343177, 0.384433),
 )
 RESTARTS = "must be one or more increasing numbers of steps from 1 to 4; without a restart the Gram form diverges"
+UNSAFE = 'form = "gram" diverges with preset "you" on sparse matrices; use form = "plain"'
 WIDE_MARGIN = 'form = "gram" needs coefficients that tolerate 5% of overshoot, preset '
 # Field, legal values, and illegal ones with what the sentence says.
 FIELDS: list[tuple[str, list[Any], list[tuple[Any, str]]]] = [
@@ -71,10 +72,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"form": "gram", "restarts": (1, 1, 3)}, rf"restarts = \(1, 1, 3\) {RESTARTS}"),
     ({"form": "gram", "restarts": (2,)}, r"restarts = \(2,\) leaves 3 steps without a restart; bfloat16 allows 2"),
     ({"form": "gram", "restarts": (3,), "preset": "opt5"}, "leaves 3 steps without a restart; bfloat16 allows 2"),
-    ({"form": "gram", "restarts": (1,), "dtype": "float16"}, "leaves 4 steps without a restart; float16 allows 3"),
+    ({"form": "gram", "restarts": (2,), "dtype": "float16"}, "leaves 3 steps without a restart; float16 allows 2"),
     ({"form": "gram", "restarts": (1,), "dtype": "float32"}, "leaves 4 steps without a restart; float32 allows 3"),
     ({"form": "gram", "steps": 1}, 'form = "gram" needs at least 3 steps, not 1, .* use form = "plain"'),
     ({"form": "gram", "steps": 2}, 'form = "gram" needs at least 3 steps, not 2, .* use form = "plain"'),
+    ({"form": "gram", "preset": "you"}, UNSAFE),
+    ({"form": "gram", "preset": "you", "dtype": "float32", "restarts": (1, 2, 3, 4)}, UNSAFE),
     ({"form": "gram", "preset": "polar_express"}, f'{WIDE_MARGIN}"polar_express" tolerates 2.1%; use form = "plain"'),
     ({"form": "gram", "preset": "cans"}, f'{WIDE_MARGIN}"cans" tolerates 1.0%'),
     ({"form": "gram", "preset": "cubic5"}, f'{WIDE_MARGIN}"cubic5" tolerates 1.4%'),
@@ -82,7 +85,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"form": "gram", "preset": "custom", "coefficients": OPT5, "start": "schatten8"},
         f'{WIDE_MARGIN}"custom" tolerates 1.1%; use form = "plain" or another preset',
     ),
-    ({"form": "gram", "preset": "optimal", "steps": 4}, "steps = 4 is not legal: .* margin of 0.05"),
+    ({"form": "gram", "preset": "optimal", "steps": 4}, "steps = 4 is not legal: .* margin of 0.08"),
 ]
 
 
@@ -177,7 +180,7 @@ def test_defaults_are_the_published_algorithm() -> None:
 def test_generated_coefficients_get_the_margin_of_their_form(name: PresetName) -> None:
     settings = NewtonSchulz(preset=name)
     assert 0.01 <= gram_margin(settings.polynomials("plain").quintics) < 0.02
-    assert 0.05 <= gram_margin(settings.polynomials("gram").quintics) < 0.06
+    assert 0.08 <= gram_margin(settings.polynomials("gram").quintics) < 0.09
     if name == "opt5":
         flat = [number for quintic in settings.polynomials("plain").quintics for number in quintic]
         assert flat == pytest.approx([number for quintic in OPT5 for number in quintic], abs=2e-6)
@@ -195,10 +198,12 @@ def test_generated_coefficients_get_the_margin_of_their_form(name: PresetName) -
         ({"preset": "papers8+2"}, (2, 2, 2, 2, 2)),
         ({"preset": "opt6", "form": "gram", "restarts": (1, 3, 5)}, (1, 2, 2, 1)),
         ({"preset": "opt5", "form": "gram", "restarts": (2, 4)}, (2, 2, 1)),
-        ({"preset": "opt5", "form": "gram", "restarts": (2,), "dtype": "float16"}, (2, 3)),
+        ({"preset": "opt5", "form": "gram", "restarts": (2, 3), "dtype": "float16"}, (2, 1, 2)),
+        ({"preset": "opt5", "form": "gram", "restarts": (2,), "dtype": "float32"}, (2, 3)),
         ({"preset": "opt5", "form": "gram", "restarts": (3,), "dtype": "float32"}, (3, 2)),
         ({"preset": "opt6", "form": "gram", "restarts": (1, 2, 3, 4, 5)}, (1,) * 6),
         ({"steps": 2}, None),
+        ({"preset": "you"}, None),
         ({"preset": "polar_express"}, None),
         ({"preset": "cans"}, None),
         ({"preset": "cubic5"}, None),
@@ -215,7 +220,7 @@ def test_segments(settings: dict[str, Any], segments: tuple[int, ...] | None) ->
 def test_auto_takes_the_gram_form_only_where_it_may_be_asked_for(name: PresetName) -> None:
     segments = NewtonSchulz(preset=name).gram_segments()
     if segments is None:
-        with pytest.raises(ValidationError, match=WIDE_MARGIN):
+        with pytest.raises(ValidationError, match=UNSAFE if name == "you" else WIDE_MARGIN):
             NewtonSchulz(preset=name, form="gram")
     else:
         assert NewtonSchulz(preset=name, form="gram").gram_segments() == segments
