@@ -32,7 +32,8 @@ class NewtonSchulz(Strict):
     dtype: DTypeName = "bfloat16"
     """Precision of the iteration and of the pieces sent between ranks."""
     form: Literal["auto", "plain", "gram"] = "auto"
-    """"gram" iterates on XX^T, cheaper for wide matrices; "auto" takes the cheaper form, "plain" in float32."""
+    """"gram" iterates on XX^T, cheaper for wide matrices but less exact with "opt4", "opt5", "opt6" and "optimal"; "auto"
+    takes the cheaper form where that makes no difference, "plain" elsewhere."""
     restarts: Annotated[tuple[int, ...], Field(strict=False)] | None = None
     """"gram" only: numbers of steps after which X is multiplied out; None takes segments of two."""
     lower: float | None = Field(default=None, gt=0, lt=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from distmuon.iteration import Schedule
-from distmuon.ns_settings import NewtonSchulz
+from distmuon.ns_settings import GENERATED, NewtonSchulz
 
 # (rows, inner side) -> part of a symmetric product that is computed.
 Fraction = Callable[[int, int], float]
@@ -46,8 +46,10 @@ def make_schedule(ns: NewtonSchulz, rows: int, cols: int, fraction: Fraction) ->
     """
     plain = ns.polynomials("plain")
     chosen = Schedule(plain.quintics, (1,) * len(plain.quintics), plain.start)
-    # Who asks for float32 asks for accuracy, and the plain form corrects its own rounding.
-    segments = ns.gram_segments() if ns.form == "gram" or (ns.form == "auto" and ns.dtype != "float32") else None
+    # Left to itself, no matrix gets less exact by its shape: float32 was asked for, and generated presets are best plain,
+    # since the margin that Gram needs costs them exactness.
+    exact = ns.dtype == "float32" or ns.preset in GENERATED
+    segments = ns.gram_segments() if ns.form == "gram" or (ns.form == "auto" and not exact) else None
     if segments is None:
         return chosen
     # The start takes the square of the first Gram matrix in any case.
