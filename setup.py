@@ -13,7 +13,7 @@ TRAIN = [
     "tyro>=0.9",
 ]
 HF = ["datasets>=3.0", "pyarrow>=17"]
-TRITON = ["triton>=3.2"]
+TRITON = ["triton>=3.4"]
 TOOLS = [
     "hypothesis>=6.100",
     "import-linter>=2.3",

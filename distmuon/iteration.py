@@ -1,7 +1,9 @@
 """Newton-Schulz in segments: X <- p_T(...p_1(X)) for odd quintics p, by products of small symmetric matrices.
 
 A segment of one step is the plain iteration. A longer one is Gram Newton-Schulz: it iterates on R = XX^T, collects the
-factors W = aI + bR + cR^2 of X in Q, and multiplies X once, at its end (a restart). Shapes: B matrices, M rows, N >= M columns.
+factors W = aI + bR + cR^2 of X in Q, and multiplies X once, at its end (a restart).
+
+Shapes: B matrices, M rows, N >= M columns.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from distmuon.strict import DTypeName, Strict
 
 # In 16 bits, three steps on XX^T alone overshoot on sparse matrices, in bfloat16 without bound.
 LONGEST_SEGMENT = {"bfloat16": 2, "float16": 2, "float32": 3}
-# The presets whose polynomials are generated, so that the Gram form can have a wider margin than the plain one: of 8,720
-# sparse matrices, 5 % let the worst singular value of opt5 grow to 1.61, 8 % to 1.07.
+# The presets whose polynomials are generated, so that the Gram form can have a wider margin than the plain one: over
+# 8,720 sparse matrices, 5 % let the worst singular value of opt5 grow to 1.61, 8 % to 1.07.
 GENERATED = ("opt4", "opt5", "opt6", "optimal")
 GENERATED_MARGIN = 0.08
 # Its margin is wide, but its steep first steps still let a singular value grow to 3.8 on a sparse matrix.
@@ -32,8 +32,8 @@ class NewtonSchulz(Strict):
     dtype: DTypeName = "bfloat16"
     """Precision of the iteration and of the pieces sent between ranks."""
     form: Literal["auto", "plain", "gram"] = "auto"
-    """"gram" iterates on XX^T, cheaper for wide matrices but less exact with "opt4", "opt5", "opt6" and "optimal"; "auto"
-    takes the cheaper form where that makes no difference, "plain" elsewhere."""
+    """"gram" iterates on XX^T, cheaper for wide matrices but less exact with generated presets ("opt4" and the like);
+    "auto" takes the cheaper form where that makes no difference, "plain" elsewhere."""
     restarts: Annotated[tuple[int, ...], Field(strict=False)] | None = None
     """"gram" only: numbers of steps after which X is multiplied out; None takes segments of two."""
     lower: float | None = Field(default=None, gt=0, lt=1)

@@ -19,11 +19,11 @@ def flops(rows: int, cols: int, segments: Sequence[int], fraction: Fraction, cub
         cols: N, the longer side.
         segments: number of steps of every segment.
         fraction: part of a symmetric product that the device computes; 1 everywhere counts all.
-        cubics: number of steps with c = 0, which need no square of the Gram matrix.
+        cubics: number of steps but the first with c = 0, which need no square of the Gram matrix.
 
     Returns:
-        For every segment of L steps: XX^T, 3L - 2 symmetric products and L - 1 others of M x M matrices, and one product
-        with X.
+        For every segment of L steps: XX^T, 3L - 2 symmetric products and L - 1 others of M x M matrices, and one
+        product with X.
     """
     gram = 2 * rows**2 * cols * fraction(rows, cols)
     full = 2 * rows**3
@@ -46,16 +46,13 @@ def make_schedule(ns: NewtonSchulz, rows: int, cols: int, fraction: Fraction) ->
     """
     plain = ns.polynomials("plain")
     chosen = Schedule(plain.quintics, (1,) * len(plain.quintics), plain.start)
-    # Left to itself, no matrix gets less exact by its shape: float32 was asked for, and generated presets are best plain,
-    # since the margin that Gram needs costs them exactness.
+    # Left to itself, no matrix gets less exact by its shape: float32 asks for exactness, and the margin that Gram needs
+    # costs it generated presets.
     exact = ns.dtype == "float32" or ns.preset in GENERATED
     segments = ns.gram_segments() if ns.form == "gram" or (ns.form == "auto" and not exact) else None
     if segments is None:
         return chosen
-    # The start takes the square of the first Gram matrix in any case.
-    cubics = sum(c == 0 for _, _, c in chosen.quintics[1:])
-    plain_flops = flops(rows, cols, chosen.segments, fraction, cubics)
-    cheaper = flops(rows, cols, segments, fraction, cubics) < plain_flops
+    cheaper = flops(rows, cols, segments, fraction) < flops(rows, cols, chosen.segments, fraction)
     if ns.form == "gram" or cheaper:
         gram = ns.polynomials("gram")
         chosen = Schedule(gram.quintics, segments, gram.start)

@@ -13,6 +13,7 @@ from distmuon.iteration import Schedule, iterate
 from distmuon.kernels.cpu import CpuProducts
 from distmuon.kernels.products import TorchProducts
 from distmuon.newton_schulz import prescale
+from distmuon.ns_settings import GENERATED_MARGIN
 from distmuon.schedule import make_schedule
 from tests.accuracy.judged import (
     Mirrored,
@@ -57,15 +58,16 @@ def test_no_worse_than_plain(
 
 def test_what_users_get() -> None:
     opt5, opt6 = judge_settings(setting("opt5", "gram")), judge_settings(setting("opt6", "gram"))
-    assert opt5.worst_rms <= 0.045
-    assert opt5.mean_rms <= 0.02
+    # The 8 % margin costs this much: 0.043 and 0.018 with 5 %, which sparse matrices do not survive.
+    assert opt5.worst_rms <= 0.06
+    assert opt5.mean_rms <= 0.026
     assert opt6.worst_rms <= 0.01
 
 
 @pytest.mark.parametrize("products", [TorchProducts, CpuProducts, Mirrored])
-@pytest.mark.parametrize(("name", "bound"), [("opt4", 1.37), ("opt5", 1.1), ("opt6", 1.06)])
+@pytest.mark.parametrize(("name", "bound"), [("opt4", 1.38), ("opt5", 1.1), ("opt6", 1.06)])
 def test_sparse_matrices_do_not_blow_up(name: str, bound: float, products: type[TorchProducts]) -> None:
-    """The transpose or the mirror image of Q brings these to a hundred or to infinity."""
+    """With a margin of 5 %, opt4 reaches 2.8 here, opt5 1.6, and opt6 infinity."""
     for batch in sparse_batches():
         assert largest_sigma(run_gram(batch, setting(name, "gram"), products())) <= bound
 
@@ -90,12 +92,12 @@ def test_what_diverges_is_refused(settings: dict[str, Any]) -> None:
         setting(**{"form": "gram", **settings})
 
 
-@pytest.mark.parametrize(("margin", "diverges"), [(0.01, True), (0.05, False)])
+@pytest.mark.parametrize(("margin", "diverges"), [(0.01, True), (0.05, True), (GENERATED_MARGIN, False)])
 def test_what_the_margin_is_for(margin: float, *, diverges: bool) -> None:
-    """With the plain form's 1 %, restarts after two and four steps lose sparse matrices."""
-    chosen = preset("opt5", margin=margin)
-    schedule = Schedule(chosen.quintics, (2, 2, 1), chosen.start)
-    found = [iterate(prescale(x, torch.bfloat16), schedule, TorchProducts()) for x in sparse_batches()]
+    """Neither the plain form's 1 % nor 5 % is enough for every sparse matrix."""
+    chosen = preset("opt6", margin=margin)
+    schedule = Schedule(chosen.quintics, (2, 2, 2), chosen.start)
+    found = [iterate(prescale(x, torch.bfloat16), schedule, Mirrored()) for x in sparse_batches()]
     worst = max(map(largest_sigma, found))
     assert worst > 2 if diverges else worst < 1.1
 

@@ -41,7 +41,7 @@ def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in names:
         original = getattr(triton_ops, name)
         monkeypatch.setattr(triton_ops, name, lambda *a, _n=name, _f=original: called.append(_n) or _f(*a))
-    train("triton", preset="polar_express")
+    train("triton")
     assert set(called) == set(names)
 
 

@@ -192,8 +192,8 @@ def test_kernels_torch_is_the_plain_twin(preset: str, form: str, monkeypatch: py
     small, large = random((cpu.ALONE_ROWS - 1, 300)), random(ALONE)
     assert torch.equal(orthogonalize(small, plain), orthogonalize(small, fast))
     found = orthogonalize(large, plain)
-    assert oracle.relative(orthogonalize(large, fast), found) < 0.01
-    for name in ("gram", "product", "combine"):
+    assert oracle.relative(orthogonalize(large, fast), found) < 0.02
+    for name in ("gram", "square", "product", "combine"):
         monkeypatch.delattr(cpu.CpuProducts, name)
     assert issubclass(cpu.CpuProducts, TorchProducts)
     assert torch.equal(orthogonalize(large, fast), found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,16 +9,26 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from distmuon.iteration import HALF_SQUARE
 from distmuon.kernels import cpu
-from distmuon.kernels.cpu import LOOP_ROWS, PANEL, PANEL_INNER, PANEL_ROWS, CpuProducts
-from distmuon.kernels.products import HALF_SQUARE, Products, TorchProducts, each, widened
+from distmuon.kernels.cpu import ALONE_ROWS, PANEL, PANEL_INNER, PANEL_ROWS, CpuProducts
+from distmuon.kernels.products import Products, TorchProducts, row_squares, widened
 
 # Half a unit in the last place relative to the largest binade, and float32 accumulation of what cancels.
 ONE_ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 ACCUMULATION = 2e-6
 ALL = [TorchProducts(), CpuProducts()]
-# Smallest shapes of: widened bfloat16, one call per batch, one call per matrix.
-SHAPES = [(1, 3), (16, 20), (17, 40), (LOOP_ROWS, LOOP_ROWS + 1)]
+# Smallest shapes of: widened bfloat16, one call per batch, one sum per matrix.
+SHAPES = [(1, 3), (16, 20), (17, 40), (ALONE_ROWS, ALONE_ROWS + 1)]
+# (a, b, c) of aI + bR + cR^2: plain steps, factors, cubics, and a that is far larger or smaller than the rest.
+POLYNOMIALS = [
+    (0.0, 2.5, 1.0),
+    (1.5, -4.0, 0.3),
+    (8.2, -0.01, 0.02),
+    (1e-3, 1.0, -0.7),
+    (1.5, -0.5, 0.0),
+    (0.0, 2.0, 0.0),
+]
 every_product = pytest.mark.parametrize("products", ALL, ids=["torch", "cpu"])
 every_dtype = pytest.mark.parametrize("dtype", ONE_ROUNDING)
 
@@ -38,12 +47,10 @@ def operands(batch: int, rows: int, cols: int, dtype: torch.dtype) -> tuple[Tens
     return x.to(dtype), p.to(dtype), ((q + q.mT) / 2).to(dtype), ((r + r.mT) / 2).to(dtype)
 
 
-def check(found: Tensor, exact: Tensor, roundings: int = 1, size: Tensor | None = None) -> None:
-    """At most so many roundings to the dtype, the first ones of intermediate results no larger than ``size``."""
+def check(found: Tensor, exact: Tensor) -> None:
+    """At most one rounding to the dtype."""
     ulp = ONE_ROUNDING[found.dtype]
-    largest = exact.abs().amax()
-    between = 0.0 if size is None else (roundings - 1) * ulp * size.abs()
-    assert bool(((found.double() - exact).abs() <= ulp * exact.abs() + between + ACCUMULATION * largest).all())
+    assert bool(((found.double() - exact).abs() <= ulp * exact.abs() + ACCUMULATION * exact.abs().amax()).all())
 
 
 @every_product
@@ -55,26 +62,74 @@ def test_products_of_one_rounding(shape: tuple[int, int], dtype: torch.dtype, pr
     check(products.gram(x), X @ X.mT)
     check(products.multiply(q, x), Q @ X)
     check(products.add_product(x, p, -1.7), -1.7 * X + P @ X)
-    for alpha, beta in ((1.0, 2.5), (-0.7, 1.0), (0.3, -4.0), (1.0, 0.0)):
-        check(products.product(p, q, r, alpha, beta), alpha * P @ Q + beta * R)
-    for alpha in (1.0, 0.4):
-        check(products.product(p, q, None, alpha, 0.0), alpha * P @ Q)
+    check(products.product(p, q), P @ Q)
+    for alpha in (1.0, HALF_SQUARE):
+        check(products.square(r, alpha), alpha * R @ R)
+        square, squares = products.square_norm(r, alpha)
+        assert torch.equal(square, products.square(r, alpha))
+        assert squares.dtype == torch.float64
+        # Of the stored values, or of them before they are rounded.
+        assert torch.allclose(squares, (alpha * R @ R).square().sum(dim=(1, 2)), rtol=2 * torch.finfo(dtype).eps + 4e-6)
+
+
+@every_product
+@every_dtype
+@pytest.mark.parametrize("numbers", POLYNOMIALS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_polynomials(
+    shape: tuple[int, int], numbers: tuple[float, float, float], dtype: torch.dtype, products: Products
+) -> None:
+    r = operands(3, *shape, dtype)[3]
+    a, b, c = numbers
+    check(products.polynomial(r, a, b, c), polynomial(r, r.double() @ r.double(), *numbers))
+
+
+def polynomial(r: Tensor, square: Tensor, a: Any, b: Any, c: Any) -> Tensor:
+    return a * torch.eye(r.shape[-1], dtype=torch.float64) + b * r.double() + c * square
+
+
+def half_unit(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """What one rounding to nearest may add to each, not to the largest of its binade."""
+    return torch.exp2(torch.floor(torch.log2(exact.abs()))) * torch.finfo(dtype).eps / 2
+
+
+@every_product
+@every_dtype
+@pytest.mark.parametrize("numbers", [(8.2, -22.8, 16.4), (8.2, 0.31, -0.07), (1.9, -0.3, 0.0), (300.7, 1.0, 1.0)])
+@pytest.mark.parametrize("rows", [5, 16, 40, ALONE_ROWS])
+def test_the_diagonal_of_a_polynomial_is_exact_to_one_rounding(
+    rows: int, numbers: tuple[float, float, float], dtype: torch.dtype, products: Products
+) -> None:
+    """Where a >> b R, a sum of rounded numbers would be rounded twice, which adds up in a product of such factors."""
+    r = (operands(3, rows, 1, torch.float32)[3] / 30).to(dtype)
+    exact = polynomial(r, r.double() @ r.double(), *numbers).diagonal(dim1=1, dim2=2)
+    found = products.polynomial(r, *numbers).diagonal(dim1=1, dim2=2).double()
+    # Around the middle between two numbers, float32 sums decide.
+    assert bool(((found - exact).abs() <= half_unit(exact, dtype) + 2.5e-7 * exact.abs()).all())
 
 
 @every_product
 @every_dtype
 @pytest.mark.parametrize("shape", SHAPES)
 def test_numbers_per_matrix(shape: tuple[int, int], dtype: torch.dtype, products: Products) -> None:
-    """One rounding in a loop over matrices or in float32, two on a whole batch."""
-    x, p, q, r = operands(3, *shape, dtype)
-    X, P, Q, R = (t.double() for t in (x, p, q, r))
-    alpha, beta = torch.tensor([1.5, -0.3, 1e-3]), torch.tensor([0.0, 2.3, -1.7])
-    A, B = alpha.double().view(3, 1, 1), beta.double().view(3, 1, 1)
-    loop = shape[0] >= LOOP_ROWS and isinstance(products, CpuProducts)
-    roundings = 1 if loop or widened(x) == torch.float32 else 2
-    check(products.product(p, q, r, alpha, beta), A * P @ Q + B * R, roundings, A * P @ Q)
-    check(products.add_product(x, p, beta), B * X + P @ X, roundings, P @ X)
-    check(products.product(p, q, None, alpha, 0.0), A * P @ Q, roundings, A * P @ Q)
+    """One rounding from float32, also where the numbers are given in float64."""
+    _, _, s, r = operands(3, *shape, dtype)
+    numbers = torch.tensor([[0.0, 2.3, -80.7], [1.5, -0.3, 1e-3], [-0.2, 7.0, 0.0]])
+    exact = polynomial(r, s.double(), *numbers.double()[:, :, None, None])
+    for one, y in zip(products.combine(r, s, *numbers.double()), exact, strict=True):
+        check(one, y)
+
+
+@every_product
+@every_dtype
+@pytest.mark.parametrize("rows", [1, 17, ALONE_ROWS - 1, ALONE_ROWS, ALONE_ROWS + 1])
+def test_a_batch_is_combined_as_its_matrices_alone(rows: int, dtype: torch.dtype, products: Products) -> None:
+    _, _, s, r = operands(5, rows, 1, dtype)
+    numbers = random(3, 5).double()
+    together = products.combine(r, s, *numbers)
+    for i in range(5):
+        alone = products.combine(r[i : i + 1], s[i : i + 1], *numbers[:, i : i + 1])
+        assert torch.equal(together[i : i + 1], alone)
 
 
 @pytest.fixture
@@ -98,57 +153,64 @@ def test_panels_of_the_gram_matrix(shape: tuple[int, int], dtype: torch.dtype) -
 @pytest.mark.parametrize("rows", [70, 80, 93])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_panels_of_square_products(dtype: torch.dtype, rows: int) -> None:
-    """One rounding, also with numbers per matrix; a mirror image outside the blocks on the diagonal."""
+    """One rounding; a mirror image outside the blocks on the diagonal."""
     _, p, q, r = operands(2, rows, 1, dtype)
-    exact = p.double() @ q.double()
     block = torch.arange(rows) // 20
     apart = block[:, None] != block
     # Rounded operands do not quite commute: what is above the diagonal blocks is the product from below them.
+    exact = p.double() @ q.double()
     exact = torch.where(block[:, None] >= block, exact, exact.mT)
-    numbers = torch.tensor([[0.3, -1.0], [2.0, 0.1]])
-    for alpha, beta in ((1.0, -2.5), (0.5, 0.0), (numbers[0], numbers[1])):
-        found = CpuProducts().product(p, q, r, alpha, beta)
-        check(found, each(alpha, r).double() * exact + each(beta, r).double() * r.double())
+    R = r.double()
+    for found, expected in (
+        (CpuProducts().product(p, q), exact),
+        (CpuProducts().square(r, 1.0), R @ R),
+        (CpuProducts().square_norm(r, 1.0)[0], R @ R),
+    ):
+        check(found, expected)
         assert torch.equal(found[:, apart], found.mT[:, apart])
-    for factor, ignored in ((1.0, 0.0), (1.0, 2.0), (0.5, 2.0), (numbers[0], 0.0)):
-        check(CpuProducts().product(p, q, None, factor, ignored), each(factor, r).double() * exact)
+    # Elsewhere nothing is mirrored.
+    check(CpuProducts().square(r, 0.5), 0.5 * R @ R)
 
 
 @pytest.mark.usefixtures("_small_panels")
 @pytest.mark.parametrize("rows", [69, 70])
 def test_panels_compute_as_much_as_they_say(rows: int) -> None:
     p = torch.zeros(1, rows, rows)
-    with FlopCounterMode(display=False) as counter:
-        CpuProducts().product(p, p, p, 0.5, 1.0)
     fraction = CpuProducts().symmetric_fraction(rows, rows)
     assert fraction == (1.0 if rows == 69 else 5 / 8)
-    with FlopCounterMode(display=False) as float16:
-        CpuProducts().product(p.half(), p.half(), p.half(), 0.5, 1.0)
-    assert float16.get_total_flops() == 2 * rows**3
-    # The last panel is narrower here.
-    assert counter.get_total_flops() / (2 * rows**3) == pytest.approx(fraction, rel=0.05)
+    for call in (lambda p: CpuProducts().product(p, p), lambda p: CpuProducts().square(p, 1.0)):
+        with FlopCounterMode(display=False) as counter:
+            call(p)
+        # The last panel is narrower here.
+        assert counter.get_total_flops() / (2 * rows**3) == pytest.approx(fraction, rel=0.05)
+        with FlopCounterMode(display=False) as float16:
+            call(p.half())
+        assert float16.get_total_flops() == 2 * rows**3
 
 
 @every_product
 @every_dtype
 @pytest.mark.usefixtures("_small_panels")
-@pytest.mark.parametrize("shape", [*SHAPES[:-1], (70, 75)])
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 75)])
 def test_no_argument_is_written_to_and_no_result_shares_its_memory(
     shape: tuple[int, int], dtype: torch.dtype, products: Products
 ) -> None:
     x, p, q, r = operands(2, *shape, dtype)
-    alpha, beta = torch.tensor([1.5, -0.3]), torch.tensor([0.2, 2.0])
-    given = (x, p, q, r, alpha, beta)
+    numbers = torch.tensor([[1.5, -0.3], [0.2, 2.0], [1.0, 0.0]]).double()
+    given = (x, p, q, r, numbers)
     before = [(t.clone(), t._version) for t in given]
     results = [
         products.gram(x),
         products.multiply(p, x),
+        products.multiply(p, q),
         products.add_product(x, p, 0.5),
-        products.add_product(x, p, alpha),
-        products.product(p, q, r, 0.5, 2.0),
-        products.product(p, p, p, 0.5, 1.0),
-        products.product(p, q, r, alpha, beta),
-        products.product(p, q, None, 1.0, 0.0),
+        products.product(p, q),
+        products.product(p, p),
+        products.square(r, 1.0),
+        products.square_norm(r, 0.5)[0],
+        *(products.polynomial(r, *each) for each in POLYNOMIALS),
+        products.combine(r, q, *numbers),
+        products.combine(r, r, *numbers),
     ]
     for tensor, (copy, version) in zip(given, before, strict=True):
         assert torch.equal(tensor, copy)
@@ -159,38 +221,46 @@ def test_no_argument_is_written_to_and_no_result_shares_its_memory(
 
 
 @every_product
-@pytest.mark.parametrize("rows", [4, LOOP_ROWS])
+@pytest.mark.parametrize("rows", [4, ALONE_ROWS])
 def test_squares_stay_in_the_range_of_float16(rows: int, products: Products, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Frobenius norm of 32 in one singular value gives R = 1024, whose square overflows unless it is scaled."""
     assert HALF_SQUARE == 2**-5
     gram = torch.zeros(1, rows, rows, dtype=torch.float16)
     gram[0, 0, 0] = 1024.0
-    square = products.product(gram, gram, None, HALF_SQUARE, 0.0)
-    assert float(square[0, 0, 0]) == 2.0**15
-    alpha, beta = torch.tensor([2.0**-20]), torch.tensor([2.0**-10])
-    assert float(products.product(gram, gram, gram, alpha, beta)[0, 0, 0]) == 2.0
-    # As on a device that multiplies float16 as it is.
-    monkeypatch.setattr("distmuon.kernels.products.widened", lambda x: x.dtype)
-    assert float(products.product(gram, gram, gram, alpha, beta)[0, 0, 0]) == 2.0
+    numbers = torch.tensor([[0.5], [2.0**-10], [2.0**-15]]).double()
+    for _ in range(2):
+        square, squares = products.square_norm(gram, HALF_SQUARE)
+        assert float(square[0, 0, 0]) == float(products.square(gram, HALF_SQUARE)[0, 0, 0]) == 2.0**15
+        assert float(squares) == pytest.approx(2.0**30, rel=1e-6)
+        assert float(products.combine(gram, square, *numbers)[0, 0, 0]) == 2.5
+        # As on a device that multiplies float16 as it is.
+        monkeypatch.setattr("distmuon.kernels.products.widened", lambda x: x.dtype)
 
 
-@pytest.mark.parametrize("products", ALL, ids=["torch", "cpu"])
-@pytest.mark.parametrize("rows", [20, LOOP_ROWS])
+@every_product
+@pytest.mark.parametrize("rows", [20, ALONE_ROWS])
 def test_numbers_that_are_not_finite_reach_their_matrix_only(rows: int, products: Products) -> None:
-    x, p, q, r = operands(3, rows, rows + 1, torch.bfloat16)
-    good, bad = torch.tensor([1.0, 1.0, 0.5]), torch.tensor([1.0, torch.nan, 0.5])
-    calls: list[Callable[[Tensor], Tensor]] = [
-        lambda a: products.product(p, q, r, a, good),
-        lambda a: products.product(p, q, r, good, a),
-        lambda a: products.add_product(x, p, a),
-    ]
-    for call in calls:
-        found = call(bad)
-        assert bool(found[1].isnan().all())
-        assert torch.equal(found[[0, 2]], call(good)[[0, 2]])
+    _, _, s, r = operands(3, rows, 1, torch.bfloat16)
+    good = torch.tensor([[1.0, 1.0, 0.5]] * 3)
+    expected = products.combine(r, s, *good)
+    for i in range(3):
+        bad = good.clone()
+        bad[i, 1] = torch.nan
+        found = products.combine(r, s, *bad)
+        # The first stands on the diagonal only.
+        assert bool((found[1] if i else found[1].diagonal()).isnan().all())
+        assert torch.equal(found[[0, 2]], expected[[0, 2]])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@every_product
+@every_dtype
+def test_a_matrix_that_is_not_finite_shows_in_its_norm(dtype: torch.dtype, products: Products) -> None:
+    r = operands(3, 20, 1, dtype)[3]
+    r[1, 2, 3] = r[1, 3, 2] = torch.nan
+    _, squares = products.square_norm(r, 1.0)
+    assert squares.isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("rows", "inner", "fraction"),
     [
@@ -201,9 +271,9 @@ def test_numbers_that_are_not_finite_reach_their_matrix_only(rows: int, products
         (4 * PANEL, PANEL_INNER, 5 / 8),
     ],
 )
-def test_symmetric_fraction_is_what_is_multiplied(rows: int, inner: int, fraction: float, dtype: Any) -> None:
-    assert (PANEL, PANEL_ROWS, PANEL_INNER, LOOP_ROWS) == (256, 768, 2048, 256)
-    x = torch.zeros(1, rows, inner, dtype=dtype)
+def test_symmetric_fraction_is_what_is_multiplied(rows: int, inner: int, fraction: float) -> None:
+    assert (PANEL, PANEL_ROWS, PANEL_INNER, ALONE_ROWS) == (256, 768, 2048, 256)
+    x = torch.zeros(1, rows, inner, dtype=torch.bfloat16)
     choices: list[tuple[Products, float]] = [(CpuProducts(), fraction), (TorchProducts(), 1.0)]
     for products, expected in choices:
         assert products.symmetric_fraction(rows, inner) == expected
@@ -227,7 +297,9 @@ def test_what_is_widened(dtype: torch.dtype, shape: tuple[int, int], wide: torch
     assert widened(torch.zeros(2, *shape, dtype=dtype, device="meta")) == dtype
 
 
-def test_each() -> None:
-    like = torch.zeros(3, 4, 5, dtype=torch.bfloat16)
-    assert torch.equal(each(0.1, like), torch.full((3, 1, 1), 0.1))
-    assert torch.equal(each(torch.tensor([1.0, 2.0, 3.0]), like), torch.tensor([[[1.0]], [[2.0]], [[3.0]]]))
+@every_dtype
+def test_row_squares(dtype: torch.dtype) -> None:
+    r = operands(3, 40, 1, dtype)[3]
+    found = row_squares(r)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), r.double().square().sum(dim=-1), rtol=1e-6, atol=0)

@@ -108,6 +108,7 @@ def test_cubics_take_no_square() -> None:
 
 def test_the_fraction_is_asked_for_both_symmetric_products() -> None:
     """Q, which is not exactly symmetric, is multiplied in full."""
+
     def fraction(rows: int, inner: int) -> float:
         return {(4, 8): 0.75, (4, 4): 0.625}[rows, inner]
 
@@ -130,12 +131,12 @@ def test_the_fraction_is_asked_for_both_symmetric_products() -> None:
     ],
 )
 def test_auto_takes_the_cheaper_form(rows: int, cols: int, computed: Any, gram: bool) -> None:
-    """With two restarts, Gram is cheaper for cols > 1.5 rows, or where half of a symmetric product is saved, > 4/3 rows."""
-    ns = NewtonSchulz(preset="opt5")
+    """With two restarts, Gram is cheaper for cols > 1.5 rows, or 4/3 where half of a symmetric product is saved."""
+    ns = NewtonSchulz()
     found = make_schedule(ns, rows, cols, computed)
     assert found.segments == ((1, 2, 2) if gram else (1,) * 5)
     assert found.quintics == ns.polynomials("gram" if gram else "plain").quintics
-    assert found.start == "schatten8"
+    assert found.start == "frobenius"
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,10 @@ def test_auto_takes_the_cheaper_form(rows: int, cols: int, computed: Any, gram: 
     [
         {"dtype": "float32"},
         {"form": "plain"},
+        {"preset": "opt4"},
+        {"preset": "opt5", "dtype": "float16"},
+        {"preset": "opt6"},
+        {"preset": "optimal"},
         {"preset": "you"},
         {"preset": "polar_express"},
         {"preset": "cans"},
