@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     full = not options.quick and options.target == list(TARGETS) and options.kernel == list(KERNELS)
     if options.json is not None or full:
         write(options.json or RESULTS, results)
-    if full and options.json is None and DOCUMENT.is_file():
+    if full and options.json is None and DOCUMENT.is_file() and RIVALS.is_file():
         DOCUMENT.write_text(table.document(DOCUMENT.read_text(), results, json.loads(RIVALS.read_text())))
     broken = [sentence for record in records for sentence in budgets.breaches(record)]
     for sentence in broken:

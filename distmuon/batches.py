@@ -9,6 +9,9 @@ from distmuon.newton_schulz import orthogonalize
 from distmuon.ns_settings import NewtonSchulz
 from distmuon.plan import Matrix
 
+# Device, rows and columns of matrices that can be one batch.
+Kind = tuple[torch.device, int, int]
+
 
 class ShapeBatches:
     """Orthogonalizes all matrices of one shape when the first of them is asked for.
@@ -46,21 +49,23 @@ class ShapeBatches:
             [rows, cols] polar factors of all its matrices.
         """
         while self._buckets[bucket]:
-            matrix = next(iter(self._buckets[bucket]))
-            self._compute((matrix.rows, matrix.cols))
+            self._compute(_kind(*next(iter(self._buckets[bucket].items()))))
         done, self._done[bucket] = self._done[bucket], {}
         return done
 
-    def _compute(self, shape: tuple[int, int]) -> None:
+    def _compute(self, kind: Kind) -> None:
         chosen = [
             (index, matrix)
             for index, matrices in enumerate(self._buckets)
-            for matrix in matrices
-            if (matrix.rows, matrix.cols) == shape
+            for matrix, x_MN in matrices.items()
+            if _kind(matrix, x_MN) == kind
         ]
-        # Inputs are let go here, before Newton-Schulz needs memory of its own.
         x_BMN = torch.stack([self._buckets[index].pop(matrix) for index, matrix in chosen])
         known = [self._largest[index][matrix] for index, matrix in chosen if matrix in self._largest[index]]
         largest_B = torch.stack(known) if len(known) == len(chosen) else None
         for (index, matrix), o_MN in zip(chosen, orthogonalize(x_BMN, self._ns, largest_B).unbind(0), strict=True):
             self._done[index][matrix] = o_MN
+
+
+def _kind(matrix: Matrix, x_MN: Tensor) -> Kind:
+    return x_MN.device, matrix.rows, matrix.cols

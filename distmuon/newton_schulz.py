@@ -21,11 +21,11 @@ from distmuon.schedule import make_schedule
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Precision of Newton-Schulz inputs before they are scaled; float16 would overflow or underflow there.
 INPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
-# Elements of a batch that is computed at once: fills any device, and bounds the memory of temporaries.
-BATCH_NUMEL = 2**28
+# Elements of a batch that is computed at once: fills any device; temporaries take 18 to 24 bytes of each.
+BATCH_NUMEL = 2**26
 # Elements from which torch transposes a matrix five times faster alone than in a batch, on a CPU.
 TRANSPOSED_ALONE = 2**16
-# float16 keeps matrices at a Frobenius norm in (16, 32]: with 1, XX^T of 2,048 rows underflows; 64 would overflow it.
+# float16 keeps matrices at a Frobenius norm in [16, 32): with 1, XX^T of 2,048 rows underflows; 64 would overflow it.
 HALF_NORM = 32.0
 
 
@@ -43,7 +43,7 @@ def orthogonalize(x: Tensor, ns: NewtonSchulz | None = None, largest: Tensor | N
         power of two changes no bit, and a matrix gets the same bits in a batch of any size on a CPU.
 
     Raises:
-        ParameterError: x has fewer than two dimensions or is not floating point.
+        ParameterError: x has fewer than two dimensions or is not floating point, or largest does not go with it.
         ConfigError: the matrix products that were asked for cannot run on the device.
     """
     ns = ns or NewtonSchulz()
@@ -51,6 +51,8 @@ def orthogonalize(x: Tensor, ns: NewtonSchulz | None = None, largest: Tensor | N
         raise ParameterError(
             f"orthogonalize got a {x.ndim}-D {x.dtype} tensor; it takes floating-point [..., M, N] matrices."
         )
+    if largest is not None:
+        _check_largest(largest, x)
     dtype = DTYPES[ns.dtype]
     if x.numel() == 0:
         return x.to(dtype, copy=True)
@@ -66,6 +68,14 @@ def orthogonalize(x: Tensor, ns: NewtonSchulz | None = None, largest: Tensor | N
             done.append(iterate(_wide(scaled_BMN), schedule, products))
     o_BMN = done[0] if len(done) == 1 else torch.cat(done)
     return (o_BMN.mT if x.shape[-2] > x.shape[-1] else o_BMN).reshape(x.shape)
+
+
+def _check_largest(largest: Tensor, x: Tensor) -> None:
+    if largest.shape != x.shape[:-2] or largest.dtype != torch.float32 or x.dtype == torch.float64:
+        raise ParameterError(
+            f"largest is {largest.dtype} of shape {tuple(largest.shape)} for {x.dtype} matrices {tuple(x.shape)}; it "
+            f"must be float32 of shape {tuple(x.shape[:-2])}, for other than float64; leave it out to measure it."
+        )
 
 
 def find_products(device: torch.device, ns: NewtonSchulz) -> Products:
@@ -97,7 +107,7 @@ def prescale(x_BMN: Tensor, dtype: torch.dtype, largest_B: Tensor | None = None)
 
     Returns:
         [B, M, N] in that dtype: with its largest element around 1 / sqrt(max(M, N)), or for float16 with a Frobenius
-        norm in (16, 32]. The cast is the only rounding. A zero matrix stays zero, a non-finite one non-finite.
+        norm in [16, 32). The cast is the only rounding. A zero matrix stays zero, a non-finite one non-finite.
     """
     if x_BMN.dtype == torch.float64:
         x_BMN = _into_float32_range(x_BMN)

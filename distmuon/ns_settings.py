@@ -13,12 +13,10 @@ from distmuon.strict import DTypeName, Strict
 
 # In 16 bits, three steps on XX^T alone overshoot on sparse matrices, in bfloat16 without bound.
 LONGEST_SEGMENT = {"bfloat16": 2, "float16": 2, "float32": 3}
-# The presets whose polynomials are generated, so that the Gram form can have a wider margin than the plain one: over
-# 8,720 sparse matrices, 5 % let the worst singular value of opt5 grow to 1.61, 8 % to 1.07.
+# The presets whose polynomials are generated, so that the Gram form can have a wider margin than the plain one.
 GENERATED = ("opt4", "opt5", "opt6", "optimal")
-GENERATED_MARGIN = 0.08
-# Its margin is wide, but its steep first steps still let a singular value grow to 3.8 on a sparse matrix.
-UNSAFE = ("you",)
+# Coefficients of wide margin whose steep first steps still let a singular value grow to 3.8 on a sparse matrix.
+UNSAFE = (preset("you").quintics,)
 
 
 class NewtonSchulz(Strict):
@@ -30,12 +28,12 @@ class NewtonSchulz(Strict):
     steps: int | None = Field(default=None, ge=1, le=20)
     """Number of Newton-Schulz iterations, 1 to 20; None takes the preset's own."""
     dtype: DTypeName = "bfloat16"
-    """Precision of the iteration and of the pieces sent between ranks."""
+    """Precision of the iteration and of the pieces sent between ranks; "float32" on CUDA obeys torch's TF32 switch."""
     form: Literal["auto", "plain", "gram"] = "auto"
     """"gram" iterates on XX^T, cheaper for wide matrices but less exact with generated presets ("opt4" and the like);
     "auto" takes the cheaper form where that makes no difference, "plain" elsewhere."""
     restarts: Annotated[tuple[int, ...], Field(strict=False)] | None = None
-    """"gram" only: numbers of steps after which X is multiplied out; None takes segments of two."""
+    """"gram" only: numbers of steps after which X is multiplied out; None: segments of two, first one if odd."""
     lower: float | None = Field(default=None, gt=0, lt=1)
     """"optimal" only: smallest singular value, relative to the largest, that is to reach 1; None is 0.0025."""
     coefficients: Annotated[tuple[Annotated[Quintic, Field(strict=False)], ...], Field(strict=False)] | None = None
@@ -43,7 +41,8 @@ class NewtonSchulz(Strict):
     start: Start | None = None
     """"custom" only: norm that matrices are divided by first, "frobenius" (None) or "schatten8"."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Matrix products: "auto" takes Triton on CUDA and the fastest ones on a CPU, "torch" plain ones anywhere."""
+    """Matrix products: "auto" takes those of DISTMUON_KERNELS, or else Triton's on CUDA and the fastest on a CPU;
+    "torch" takes plain ones anywhere, "triton" raises where it cannot run."""
 
     @model_validator(mode="after")
     def _obey_the_rules(self) -> NewtonSchulz:
@@ -66,7 +65,7 @@ class NewtonSchulz(Strict):
         Raises:
             ConfigError: no such preset.
         """
-        margin = GENERATED_MARGIN if form == "gram" and self.preset in GENERATED else None
+        margin = GRAM_MARGIN if form == "gram" and self.preset in GENERATED else None
         return preset(self.preset, self.steps, self.lower, margin, self.coefficients, self.start)
 
     def gram_segments(self) -> tuple[int, ...] | None:
@@ -81,7 +80,7 @@ class NewtonSchulz(Strict):
             # With the wider margin these steps do not reach that far down.
             return None
         steps = len(chosen.quintics)
-        if steps < 3 or self.preset in UNSAFE or gram_margin(chosen.quintics) < GRAM_MARGIN:
+        if steps < 3 or chosen.quintics in UNSAFE or gram_margin(chosen.quintics) < GRAM_MARGIN:
             return None
         if self.restarts is None:
             return (1,) * (steps % 2) + (2,) * (steps // 2)
@@ -90,9 +89,10 @@ class NewtonSchulz(Strict):
 
 def _check_gram(ns: NewtonSchulz, steps: int) -> None:
     """Raise a ValueError unless the Gram form of these settings stays stable in their precision."""
-    if ns.preset in UNSAFE:
-        raise ValueError(f'form = "gram" diverges with preset "{ns.preset}" on sparse matrices; use form = "plain"')
-    margin = gram_margin(ns.polynomials("gram").quintics)
+    quintics = ns.polynomials("gram").quintics
+    if quintics in UNSAFE:
+        raise ValueError('form = "gram" diverges with preset "you" on sparse matrices; use form = "plain"')
+    margin = gram_margin(quintics)
     if margin < GRAM_MARGIN:
         raise ValueError(
             f'form = "gram" needs coefficients that tolerate {GRAM_MARGIN:.0%} of overshoot, preset "{ns.preset}" '

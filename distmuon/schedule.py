@@ -46,9 +46,9 @@ def make_schedule(ns: NewtonSchulz, rows: int, cols: int, fraction: Fraction) ->
     """
     plain = ns.polynomials("plain")
     chosen = Schedule(plain.quintics, (1,) * len(plain.quintics), plain.start)
-    # Left to itself, no matrix gets less exact by its shape: float32 asks for exactness, and the margin that Gram needs
-    # costs it generated presets.
-    exact = ns.dtype == "float32" or ns.preset in GENERATED
+    # Left to itself, no matrix gets less exact by its shape: float32 asks for exactness, the margin that Gram needs
+    # costs generated presets theirs, and lists of a user's own were not tried on sparse matrices.
+    exact = ns.dtype == "float32" or ns.preset in (*GENERATED, "custom")
     segments = ns.gram_segments() if ns.form == "gram" or (ns.form == "auto" and not exact) else None
     if segments is None:
         return chosen

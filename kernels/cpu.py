@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distmuon.kernels.products import TorchProducts, widened
+from distmuon.kernels.products import TorchProducts, widened, with_diagonal
 
 # Measured with `distmuon bench ns --thresholds` on a CPU with bfloat16 units: rows of a panel, from where panels beat
 # one product, and from where a call per matrix costs less than float32 temporaries.
@@ -37,6 +37,12 @@ class CpuProducts(TorchProducts):
         if not _in_panels(p_BMM):
             return super().product(p_BMM, w_BMM)
         return _stack([_by_panels(p, w) for p, w in zip(p_BMM, w_BMM, strict=True)])
+
+    def polynomial(self, r_BMM: Tensor, a: float, b: float, c: float) -> Tensor:
+        """Compute aI + bR + cR^2, [B, M, M]."""
+        if c == 0 or not _in_panels(r_BMM):
+            return super().polynomial(r_BMM, a, b, c)
+        return with_diagonal(_stack([_by_panels(r, r, r, c, b) for r in r_BMM]), r_BMM, a, b, c)
 
     def combine(self, r_BMM: Tensor, square_BMM: Tensor, a_B: Tensor, b_B: Tensor, c_B: Tensor) -> Tensor:
         """Compute aI + bR + cS, [B, M, M]."""
@@ -66,13 +72,16 @@ def _stack(results: list[Tensor]) -> Tensor:
     return torch.stack(results) if len(results) > 1 else results[0][None]
 
 
-def _by_panels(a_MK: Tensor, b_KM: Tensor) -> Tensor:
-    """Compute A B, [M, M] symmetric: the lower trapezoid by panels of rows, then its mirror image."""
+def _by_panels(a_MK: Tensor, b_KM: Tensor, c_MM: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """Compute alpha A B + beta C, [M, M] symmetric: the lower trapezoid by panels of rows, then its mirror image."""
     rows = a_MK.shape[0]
     y_MM = a_MK.new_empty(rows, rows)
     for start in range(0, rows, PANEL):
         end = min(start + PANEL, rows)
-        panel = y_MM[start:end, :end]
-        torch.mm(a_MK[start:end], b_KM[:, :end], out=panel)
+        panel, a, b = y_MM[start:end, :end], a_MK[start:end], b_KM[:, :end]
+        if c_MM is None:
+            torch.mm(a, b, out=panel)
+        else:
+            torch.addmm(c_MM[start:end, :end], a, b, beta=beta, alpha=alpha, out=panel)
         y_MM[:start, start:end] = panel[:, :start].mT
     return y_MM

@@ -22,7 +22,8 @@ _switch = threading.RLock()
 def fast_float32() -> Iterator[None]:
     """Let oneDNN compute float32 products of this block, if a probe finds that it rounds no operand on this CPU.
 
-    Elsewhere, and on a torch without the switch, nothing changes. The setting is restored afterwards.
+    Elsewhere, and on a torch without the switch, nothing changes. The setting is restored afterwards; it belongs to the
+    process, so other threads see it meanwhile.
     """
     if not is_exact():
         yield
@@ -41,7 +42,7 @@ def is_exact() -> bool:
     if not hasattr(torch.backends.mkldnn, "matmul"):
         return False
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(PROBE, PROBE, generator=generator) for _ in range(2))
+    a, b = torch.randn(2, PROBE, PROBE, generator=generator, dtype=torch.float32, device="cpu")
     with torch.autocast("cpu", enabled=False), _switched():
         found = (a @ b).double()
     exact = a.double() @ b.double()

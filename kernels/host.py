@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -97,19 +96,21 @@ def _from_environment() -> Choice:
 @functools.cache
 def _missing(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on a device; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type == "cpu":
+    try:
         from triton import knobs
-
+        from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: F401
+    except ImportError:
+        return "Triton 3.4 or later is not installed"
+    if device.type == "cpu":
         return None if knobs.runtime.interpret else "Triton runs on a CPU only in its interpreter, TRITON_INTERPRET=1"
     if device.type != "cuda":
         return f"there are none for {device.type} devices"
     properties = torch.cuda.get_device_properties(device)
+    name = properties.gcnArchName if torch.version.hip else (properties.major, properties.minor)
     try:
-        tuning.architecture(properties.gcnArchName if torch.version.hip else (properties.major, properties.minor))
-    except ValueError as error:
-        return str(error)
+        tuning.architecture(name)
+    except ValueError:
+        return f"there are none for architecture {name}, but for 8.0 and higher, gfx942 and gfx950"
     return None
 
 

@@ -54,9 +54,8 @@ class Products(Protocol):
 class TorchProducts:
     """Batched products of torch; the plain twin of the fast ones.
 
-    Products are P W and never P W^T: where rounding makes W a little unsymmetric, its transpose would feed that back
-    into Gram Newton-Schulz, which then diverges. No number differs from call to call but in elementwise operations:
-    oneDNN compiles a product anew for every beta, and a number read from a GPU would wait for it.
+    No number of a product differs from call to call; those that do stay in elementwise operations, on the device.
+    oneDNN would compile a product anew for every beta, and a GPU would have to be waited for.
     """
 
     def gram(self, x_BMN: Tensor) -> Tensor:
@@ -83,10 +82,7 @@ class TorchProducts:
         wide = r_BMM.to(widened(r_BMM))
         # torch's bfloat16 product ignores beta where alpha is 0.
         y_BMM = wide * b if c == 0 else torch.baddbmm(wide, wide, wide, beta=b, alpha=c)
-        if a != 0:
-            r_BM = r_BMM.diagonal(dim1=-2, dim2=-1).float()
-            y_BMM.diagonal(dim1=-2, dim2=-1).copy_(a + b * r_BM + c * row_squares(r_BMM))
-        return y_BMM.to(r_BMM.dtype)
+        return with_diagonal(y_BMM, r_BMM, a, b, c).to(r_BMM.dtype)
 
     def combine(self, r_BMM: Tensor, square_BMM: Tensor, a_B: Tensor, b_B: Tensor, c_B: Tensor) -> Tensor:
         """Compute aI + bR + cS, [B, M, M], in float32."""
@@ -107,6 +103,23 @@ class TorchProducts:
     def symmetric_fraction(self, rows: int, inner: int) -> float:
         """All multiplications are computed."""
         return 1.0
+
+
+def with_diagonal(y_BMM: Tensor, r_BMM: Tensor, a: float, b: float, c: float) -> Tensor:
+    """Write the diagonal of aI + bR + cR^2, computed in float32, into bR + cR^2.
+
+    Args:
+        y_BMM: [B, M, M] bR + cR^2; written to.
+        r_BMM: [B, M, M].
+        a, b, c: coefficients.
+
+    Returns:
+        ``y_BMM``.
+    """
+    if a != 0:
+        r_BM = r_BMM.diagonal(dim1=-2, dim2=-1).float()
+        y_BMM.diagonal(dim1=-2, dim2=-1).copy_(a + b * r_BM + c * row_squares(r_BMM))
+    return y_BMM
 
 
 def row_squares(r_BMM: Tensor) -> Tensor:

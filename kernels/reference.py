@@ -45,7 +45,7 @@ def symmetric_product_norm(
     y_BMM = alpha * torch.bmm(a_BMK.float(), b_BMK.float().mT)
     if c_BMM is not None:
         y_BMM = y_BMM + beta * c_BMM.float()
-    y_BMM = y_BMM + gamma * torch.eye(y_BMM.shape[-1], device=y_BMM.device)
+    y_BMM = y_BMM + gamma * torch.eye(y_BMM.shape[-1], dtype=torch.float32, device=y_BMM.device)
     y_BMM = y_BMM.tril() + y_BMM.tril(-1).mT
     return y_BMM.to(a_BMK.dtype), y_BMM.square().sum(dim=(-2, -1))
 

@@ -22,10 +22,9 @@ class Recorded(TorchProducts):
         self.products.append(super().gram(x_BMN))
         return self.products[-1]
 
-    def square_norm(self, r_BMM: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        square_BMM, squares_B = super().square_norm(r_BMM, alpha)
-        self.products.append(square_BMM)
-        return square_BMM, squares_B
+    def square(self, r_BMM: Tensor, alpha: float) -> Tensor:
+        self.products.append(super().square(r_BMM, alpha))
+        return self.products[-1]
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

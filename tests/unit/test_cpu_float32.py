@@ -203,3 +203,16 @@ def test_products_are_float32_whatever_the_finding() -> None:
         assert oracle.relative(a @ b, a.double() @ b.double()) < 1e-6
     x = random(256, 300)
     assert oracle.relative(orthogonalize(x, FLOAT32), oracle.newton_schulz(x)) < 3e-6
+
+
+def test_the_probe_is_made_in_float32_whatever_the_default() -> None:
+    before = torch.get_default_dtype()
+    cpu_float32.is_exact.cache_clear()
+    try:
+        expected = cpu_float32.is_exact()
+        cpu_float32.is_exact.cache_clear()
+        torch.set_default_dtype(torch.float64)
+        assert cpu_float32.is_exact() == expected
+    finally:
+        torch.set_default_dtype(before)
+        cpu_float32.is_exact.cache_clear()

@@ -26,7 +26,7 @@ OPT5 = (
 )
 RESTARTS = "must be one or more increasing numbers of steps from 1 to 4; without a restart the Gram form diverges"
 UNSAFE = 'form = "gram" diverges with preset "you" on sparse matrices; use form = "plain"'
-WIDE_MARGIN = 'form = "gram" needs coefficients that tolerate 5% of overshoot, preset '
+WIDE_MARGIN = 'form = "gram" needs coefficients that tolerate 8% of overshoot, preset '
 # Field, legal values, and illegal ones with what the sentence says.
 FIELDS: list[tuple[str, list[Any], list[tuple[Any, str]]]] = [
     (
