@@ -15,7 +15,7 @@ from distmuon.strict import DTypeName, Strict
 LONGEST_SEGMENT = {"bfloat16": 2, "float16": 2, "float32": 3}
 # The presets whose polynomials are generated, so that the Gram form can have a wider margin than the plain one.
 GENERATED = ("opt4", "opt5", "opt6", "optimal")
-# Coefficients of wide margin whose steep first steps still let a singular value grow to 3.8 on a sparse matrix.
+# Coefficients of wide margin whose steep first steps still let a singular value grow to 2.7 on a sparse matrix.
 UNSAFE = (preset("you").quintics,)
 
 
