@@ -111,12 +111,11 @@ def prescale(x_BMN: Tensor, dtype: torch.dtype, largest_B: Tensor | None = None)
     """
     if x_BMN.dtype == torch.float64:
         x_BMN = _into_float32_range(x_BMN)
+    given_BMN = x_BMN
     # A cast to bfloat16 gives the same bits before the division as after it, at half the traffic.
     x_BMN = x_BMN.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    if largest_B is None:
-        divisor_B11 = power_of_two(x_BMN, dim=(1, 2))
-    else:
-        divisor_B11 = power_of_two(largest_B)[:, None, None].to(x_BMN.dtype)
+    largest_B11 = _largest(x_BMN) if largest_B is None else largest_B[:, None, None].to(x_BMN.dtype)
+    divisor_B11 = power_of_two(largest_B11)
     if dtype == torch.float16:
         x_BMN = x_BMN / divisor_B11
         norm_B11 = torch.linalg.vector_norm(x_BMN, dim=(1, 2), keepdim=True, dtype=torch.float64).float()
@@ -124,7 +123,16 @@ def prescale(x_BMN: Tensor, dtype: torch.dtype, largest_B: Tensor | None = None)
     else:
         root = 2.0 ** math.ceil(math.log2(max(x_BMN.shape[-2:])) / 2)
         divisor_B11 = (divisor_B11 * root).clamp(max=2.0**127)
-    return (x_BMN / divisor_B11).to(dtype)
+    # What the cast made anew is divided where it is.
+    return (x_BMN / divisor_B11 if x_BMN is given_BMN else x_BMN.div_(divisor_B11)).to(dtype)
+
+
+def _largest(x_BMN: Tensor) -> Tensor:
+    """Largest magnitude of each matrix, [B, 1, 1]; NaN if one is not a number."""
+    if x_BMN.shape[0] == 1:
+        low, high = x_BMN.aminmax()
+        return torch.maximum(high, -low)[None, None, None]
+    return torch.maximum(x_BMN.amax(dim=(1, 2), keepdim=True), -x_BMN.amin(dim=(1, 2), keepdim=True))
 
 
 def _into_float32_range(x_BMN: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distmuon.kernels.products import TorchProducts, widened, with_diagonal
+from distmuon.kernels.products import ROWS_AT_ONCE, TorchProducts, widened, with_diagonal
 
 # Measured with `distmuon bench ns --thresholds` on a CPU with bfloat16 units: rows of a panel, from where panels beat
 # one product, and from where a call per matrix costs less than float32 temporaries.
@@ -51,9 +51,13 @@ class CpuProducts(TorchProducts):
         results = []
         numbers = zip(r_BMM, square_BMM, *(n_B.float().tolist() for n_B in (a_B, b_B, c_B)), strict=True)
         for r_MM, square_MM, a, b, c in numbers:
-            y_MM = square_MM.to(torch.float32, copy=True).mul_(c).add_(r_MM, alpha=b)
-            y_MM.diagonal().add_(a)
-            results.append(y_MM.to(r_BMM.dtype))
+            y_MM = torch.empty_like(r_MM)
+            for start in range(0, y_MM.shape[0], ROWS_AT_ONCE):
+                rows = slice(start, start + ROWS_AT_ONCE)
+                part = square_MM[rows].to(torch.float32, copy=True).mul_(c).add_(r_MM[rows], alpha=b)
+                part.diagonal(start).add_(a)
+                y_MM[rows] = part
+            results.append(y_MM)
         return _stack(results)
 
     def symmetric_fraction(self, rows: int, inner: int) -> float:

@@ -104,17 +104,16 @@ def norm_partials(u: Tensor) -> Tensor:
     return torch.stack([largest, (blocks / power_of_two(largest)[:, None]).square().sum(dim=1)], dim=1)
 
 
-def power_of_two(x: Tensor, dim: int | tuple[int, ...] = ()) -> Tensor:
-    """Largest power of two up to the largest magnitude, so that dividing by it rounds nothing.
+def power_of_two(x: Tensor) -> Tensor:
+    """Largest power of two up to each magnitude, so that dividing by it rounds nothing.
 
     Args:
         x: bfloat16 or float32. Not written to.
-        dim: dimensions to take the largest over, which are kept with size 1; none takes each element for itself.
 
     Returns:
-        The same dtype; 2^-126, the least normal number, for what is smaller, and infinity for what is not finite.
+        The same shape and dtype; 2^-126, the least normal number, for what is smaller, and infinity for what is not
+        finite.
     """
-    # The bits of the exponent alone: they are ordered as magnitudes are.
+    # The bits of the exponent alone.
     integer, exponent = (torch.int16, 0x7F80) if x.dtype == torch.bfloat16 else (torch.int32, 0x7F800000)
-    bits = x.view(integer) & exponent
-    return (bits.amax(dim=dim, keepdim=True) if dim else bits).view(x.dtype).clamp(min=2.0**-126)
+    return (x.view(integer) & exponent).view(x.dtype).clamp(min=2.0**-126)
