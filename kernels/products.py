@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
 # Rows that are converted to float32 at a time, so that the copy stays in a CPU's cache.
 ROWS_AT_ONCE = 256
 

@@ -180,5 +180,5 @@ def count_orthogonalized() -> Iterator[list[int]]:
         batches.append(x.shape[0])
         return newton_schulz.orthogonalize(x, *args)
 
-    with mock.patch("distmuon.phases.orthogonalize", counting):
+    with mock.patch("distmuon.batches.orthogonalize", counting):
         yield batches
