@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from distmuon.benchmarks import places
 from distmuon.benchmarks.matrices import DOMINATED, HARD, Accuracy, Sample, gaussian, measure, sample, samples
+from distmuon.benchmarks.ns_candidates import DEEPSPEED, STOCK, Shape, deepspeed, stock
 from distmuon.coefficients import PresetName
 from distmuon.newton_schulz import orthogonalize
 from distmuon.ns_settings import NewtonSchulz
@@ -39,7 +40,6 @@ PRESETS = [name for name in get_args(PresetName) if name not in ("optimal", "cus
 DTYPES = ("bfloat16", "float16", "float32")
 GAUSSIAN = ((512, 512), (512, 2048), (1024, 4096))
 COUNTED = (1024, 4096)
-PAPERS = (3.4445, -4.7750, 2.0315)
 
 
 @dataclass(frozen=True)
@@ -91,25 +91,13 @@ def ours() -> list[Method]:
 
 def rivals() -> list[Method]:
     """The functions of torch's and DeepSpeed's own Muon, with their defaults."""
-    from deepspeed.runtime.zero.muon import original_muon
-    from torch.optim._muon import _zeropower_via_newtonschulz
-
-    def stock(x: Tensor) -> Tensor:
-        return _zeropower_via_newtonschulz(x.clone(), PAPERS, 5, 1e-7)
-
-    def eager(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-        def run(x: Tensor) -> Tensor:
-            # Compiling takes minutes on a CPU.
-            with torch.compiler.set_stance("force_eager"):
-                return function(x, steps=5)
-
-        return run
-
-    gram_dtype = str(original_muon.ns_compute_dtype("gram")).removeprefix("torch.")
+    theirs = deepspeed(Shape(1, *COUNTED))
     return [
-        Method("torch.optim.Muon", "plain", "bfloat16", (1,) * 5, stock),
-        Method("DeepSpeed", "plain", "bfloat16", (1,) * 5, eager(original_muon.zeropower_via_newtonschulz5)),
-        Method("DeepSpeed", "gram", gram_dtype, (2, 3), eager(original_muon.zeropower_via_gram_newtonschulz)),
+        Method(STOCK, "plain", "bfloat16", (1,) * 5, stock),
+        *(
+            Method(DEEPSPEED, form, str(one.dtype).removeprefix("torch."), one.segments or (1,) * 5, one.function)
+            for form, one in zip(("plain", "gram"), theirs, strict=True)
+        ),
     ]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -32,7 +31,7 @@ def probe(clock: Clock, rounds: int) -> dict[str, Any] | None:
     a, b = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))
 
     def switched(x: Tensor) -> Tensor:
-        with _switch():
+        with cpu_float32.switched():
             return x @ b
 
     exact = a.double() @ b.double()
@@ -45,14 +44,3 @@ def probe(clock: Clock, rounds: int) -> dict[str, Any] | None:
         "accepted": cpu_float32.is_exact(),
         "gain": asdict(ratio(seconds["torch"], seconds["switched"])),
     }
-
-
-@contextmanager
-def _switch() -> Iterator[None]:
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -31,14 +31,14 @@ SEARCH_END = 2.0
 PLAIN_MARGIN = 0.01
 GRAM_MARGIN = 0.08
 # Steps (None: any, by default 5) and lower bound; fewer steps reach less far down.
-_GENERATED: dict[str, tuple[int | None, float]] = {
+GENERATED: dict[str, tuple[int | None, float]] = {
     "opt4": (4, 3e-3),
     "opt5": (5, 2.5e-3),
     "opt6": (6, 2e-3),
     "optimal": (None, 2.5e-3),
 }
 # Which presets take an argument that most do not.
-_TAKERS = {"lower": ("optimal",), "margin": tuple(_GENERATED), "coefficients": ("custom",), "start": ("custom",)}
+_TAKERS = {"lower": ("optimal",), "margin": tuple(GENERATED), "coefficients": ("custom",), "start": ("custom",)}
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def preset(
             )
     if name == "custom":
         return _custom(steps, coefficients or (), start or "frobenius")
-    if name in _GENERATED:
+    if name in GENERATED:
         return _generate(name, steps, lower, PLAIN_MARGIN if margin is None else margin)
     published = PUBLISHED[name]
     _check_steps(name, steps, published.least, len(published.quintics))
@@ -214,7 +214,7 @@ def _custom(steps: int | None, quintics: tuple[Quintic, ...], start: Start) -> P
 
 
 def _generate(name: str, steps: int | None, lower: float | None, margin: float) -> Preset:
-    own_steps, own_lower = _GENERATED[name]
+    own_steps, own_lower = GENERATED[name]
     if own_steps is not None:
         _check_steps(name, steps, own_steps, own_steps)
     if not PLAIN_MARGIN <= margin <= MAX_MARGIN:

@@ -7,14 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distmuon.coefficients import GRAM_MARGIN, Preset, PresetName, Quintic, Start, gram_margin, preset
+from distmuon.coefficients import GENERATED, GRAM_MARGIN, Preset, PresetName, Quintic, Start, gram_margin, preset
 from distmuon.errors import ConfigError
 from distmuon.strict import DTypeName, Strict
 
 # In 16 bits, three steps on XX^T alone overshoot on sparse matrices, in bfloat16 without bound.
 LONGEST_SEGMENT = {"bfloat16": 2, "float16": 2, "float32": 3}
-# The presets whose polynomials are generated, so that the Gram form can have a wider margin than the plain one.
-GENERATED = ("opt4", "opt5", "opt6", "optimal")
 # Coefficients of wide margin whose steep first steps still let a singular value grow to 2.7 on a sparse matrix.
 UNSAFE = (preset("you").quintics,)
 
@@ -80,26 +78,33 @@ class NewtonSchulz(Strict):
             # With the wider margin these steps do not reach that far down.
             return None
         steps = len(chosen.quintics)
-        if steps < 3 or chosen.quintics in UNSAFE or gram_margin(chosen.quintics) < GRAM_MARGIN:
+        if _unsafe(self.preset, chosen.quintics) is not None:
             return None
         if self.restarts is None:
             return (1,) * (steps % 2) + (2,) * (steps // 2)
         return tuple(end - begin for begin, end in pairwise((0, *self.restarts, steps)))
 
 
-def _check_gram(ns: NewtonSchulz, steps: int) -> None:
-    """Raise a ValueError unless the Gram form of these settings stays stable in their precision."""
-    quintics = ns.polynomials("gram").quintics
+def _unsafe(name: str, quintics: tuple[Quintic, ...]) -> str | None:
+    """Why the Gram form is not safe with coefficients, whatever the precision; None if it is."""
     if quintics in UNSAFE:
-        raise ValueError('form = "gram" diverges with preset "you" on sparse matrices; use form = "plain"')
+        return 'form = "gram" diverges with preset "you" on sparse matrices; use form = "plain"'
     margin = gram_margin(quintics)
     if margin < GRAM_MARGIN:
-        raise ValueError(
-            f'form = "gram" needs coefficients that tolerate {GRAM_MARGIN:.0%} of overshoot, preset "{ns.preset}" '
+        return (
+            f'form = "gram" needs coefficients that tolerate {GRAM_MARGIN:.0%} of overshoot, preset "{name}" '
             f'tolerates {margin:.1%}; use form = "plain" or another preset'
         )
-    if steps < 3:
-        raise ValueError(f'form = "gram" needs at least 3 steps, not {steps}, to have a restart; use form = "plain"')
+    if len(quintics) < 3:
+        return f'form = "gram" needs at least 3 steps, not {len(quintics)}, to have a restart; use form = "plain"'
+    return None
+
+
+def _check_gram(ns: NewtonSchulz, steps: int) -> None:
+    """Raise a ValueError unless the Gram form of these settings stays stable in their precision."""
+    unsafe = _unsafe(ns.preset, ns.polynomials("gram").quintics)
+    if unsafe is not None:
+        raise ValueError(unsafe)
     if ns.restarts is None:
         return
     if not ns.restarts or any(end <= begin for begin, end in pairwise((0, *ns.restarts, steps))):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from distmuon.coefficients import GENERATED
 from distmuon.iteration import Schedule
-from distmuon.ns_settings import GENERATED, NewtonSchulz
+from distmuon.ns_settings import NewtonSchulz
 
 # (rows, inner side) -> part of a symmetric product that is computed.
 Fraction = Callable[[int, int], float]

@@ -28,7 +28,7 @@ def fast_float32() -> Iterator[None]:
     if not is_exact():
         yield
         return
-    with _switched():
+    with switched():
         yield
 
 
@@ -43,14 +43,15 @@ def is_exact() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, PROBE, PROBE, generator=generator, dtype=torch.float32, device="cpu")
-    with torch.autocast("cpu", enabled=False), _switched():
+    with torch.autocast("cpu", enabled=False), switched():
         found = (a @ b).double()
     exact = a.double() @ b.double()
     return bool((found - exact).norm() <= EXACT * exact.norm())
 
 
 @contextlib.contextmanager
-def _switched() -> Iterator[None]:
+def switched() -> Iterator[None]:
+    """Let oneDNN compute float32 products of this block, exact or not; the setting is restored afterwards."""
     with _switch:
         matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         before = matmul.fp32_precision

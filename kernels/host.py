@@ -105,8 +105,7 @@ def _missing(device: torch.device) -> str | None:
         return None if knobs.runtime.interpret else "Triton runs on a CPU only in its interpreter, TRITON_INTERPRET=1"
     if device.type != "cuda":
         return f"there are none for {device.type} devices"
-    properties = torch.cuda.get_device_properties(device)
-    name = properties.gcnArchName if torch.version.hip else (properties.major, properties.minor)
+    name = tuning.device_name(device)
     try:
         tuning.architecture(name)
     except ValueError:

@@ -114,5 +114,4 @@ def _architecture(device: torch.device) -> str:
 
 @functools.cache
 def _device_architecture(device: torch.device) -> str:
-    properties = torch.cuda.get_device_properties(device)
-    return tuning.architecture(properties.gcnArchName if torch.version.hip else (properties.major, properties.minor))
+    return tuning.architecture(tuning.device_name(device))

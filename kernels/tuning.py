@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 Kernel = Literal["symmetric", "polynomial"]
 Variant = Literal["pointer", "descriptor"]
 
@@ -72,6 +74,19 @@ FLOAT32_CDNA = (Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2))
 INDIVISIBLE = (Config(64, 64, 32, 4, 2),)
 INDIVISIBLE_FLOAT32 = (Config(32, 32, 32, 4, 2),)
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in CONFIGS))
+
+
+def device_name(device: torch.device) -> tuple[int, int] | str:
+    """What a device calls its architecture.
+
+    Args:
+        device: a CUDA or ROCm device.
+
+    Returns:
+        CUDA compute capability (major, minor), or the name of an AMD architecture.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    return str(properties.gcnArchName) if torch.version.hip else (properties.major, properties.minor)
 
 
 def architecture(device: tuple[int, int] | str) -> str:

@@ -15,7 +15,6 @@ from distmuon.kernels.products import TorchProducts
 from distmuon.newton_schulz import prescale
 from distmuon.schedule import make_schedule
 from tests.accuracy.judged import (
-    Mirrored,
     judge_gram,
     judge_settings,
     largest_sigma,
@@ -23,6 +22,7 @@ from tests.accuracy.judged import (
     setting,
     sparse_batches,
 )
+from tests.mirrored import Mirrored
 
 # Preset, precision, restarts. Other presets with a Gram form have wider margins or shorter segments than these.
 SHIPPED: list[tuple[str, str, tuple[int, ...] | None, type[TorchProducts]]] = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -73,3 +74,17 @@ def pair(batch: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tenso
     x = matrices(batch, rows, columns, dtype)
     powers = torch.tensor([1.0, -2.0, 0.5, -1.0, 4.0], dtype=dtype).repeat(columns)[:columns]
     return x * powers, x
+
+
+# The same values with other strides and alignments.
+every_view = pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.mT.contiguous().mT,
+        lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
+        lambda x: torch.cat([x, x], dim=-2)[..., : x.shape[-2], :],
+        lambda x: torch.cat([x[..., :1], x], dim=-1)[..., 1:],
+        lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    ],
+    ids=["transposed", "long rows", "far apart", "rows off 16 bytes", "every second"],
+)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distmuon.kernels.tuning import Config
 from tests.interpreted import checks
-from tests.interpreted.checks import BRAIN, HALF, SINGLE, matrices
+from tests.interpreted.checks import BRAIN, HALF, SINGLE, every_view, matrices
 from tests.interpreted.interpreter import shuffled
 from tests.interpreted.launchers import CONFIG, EVERY, KERNELS, TINY, TWIN, launchers, takes
 
@@ -79,17 +79,7 @@ def test_a_matrix_gets_the_same_bits_in_any_batch(variant: str) -> None:
 
 
 @every
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x.mT.contiguous().mT,
-        lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
-        lambda x: torch.cat([x, x], dim=-2)[..., : x.shape[-2], :],
-        lambda x: torch.cat([x[..., :1], x], dim=-1)[..., 1:],
-        lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
-    ],
-    ids=["transposed", "long rows", "far apart", "rows off 16 bytes", "every second"],
-)
+@every_view
 def test_strides_change_no_bits(view: Callable[[Tensor], Tensor], variant: str) -> None:
     x, p = matrices(2, 72, 40, BRAIN), matrices(2, 72, 72, BRAIN)
     table = SCALARS[:2].repeat_interleave(2, dim=0)[::2]

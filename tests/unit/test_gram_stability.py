@@ -12,30 +12,11 @@ from distmuon.kernels.cpu import CpuProducts
 from distmuon.kernels.products import Products, TorchProducts
 from distmuon.newton_schulz import prescale
 from distmuon.ns_settings import NewtonSchulz
+from tests.mirrored import Mirrored
 
 
 def random(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Mirrored(TorchProducts):
-    """Symmetric products as the Triton kernels compute them, the lower triangle and its mirror image; Q in full."""
-
-    def gram(self, x_BMN: Tensor) -> Tensor:
-        return mirror(super().gram(x_BMN))
-
-    def square(self, r_BMM: Tensor, alpha: float) -> Tensor:
-        return mirror(super().square(r_BMM, alpha))
-
-    def product(self, p_BMM: Tensor, w_BMM: Tensor) -> Tensor:
-        return mirror(super().product(p_BMM, w_BMM))
-
-    def polynomial(self, r_BMM: Tensor, a: float, b: float, c: float) -> Tensor:
-        return mirror(super().polynomial(r_BMM, a, b, c))
-
-
-def mirror(y_BMM: Tensor) -> Tensor:
-    return y_BMM.tril() + y_BMM.tril(-1).mT
 
 
 def gram_form(name: PresetName) -> Schedule:
