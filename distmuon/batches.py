@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distmuon.bricks import Matrix
 from distmuon.newton_schulz import orthogonalize
 from distmuon.ns_settings import NewtonSchulz
-from distmuon.plan import Matrix
 
 # Device, rows and columns of matrices that can be one batch.
 Kind = tuple[torch.device, int, int]

@@ -1,18 +1,19 @@
 """One bucket of the plan on one rank: its shard of the state and the moves between parameters and flat buffers.
 
-No communication here. A *full* buffer has d equal shards, rank by rank; a *shard* is this rank's part.
+No communication here. A *full* buffer has the shards of all ranks, rank by rank; a *shard* is this rank's part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from distmuon.bricks import Kind, Matrix
 from distmuon.placement import Piece
-from distmuon.plan import BucketPlan, Kind, Matrix
+from distmuon.plan import BucketPlan
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,43 @@ class BoundParam:
     kind: Kind
     group: int
     form: str
+    split: tuple[int, ...] = ()
 
 
 def form(tensor: Tensor) -> str:
     """What a parameter must keep while it is optimized: dtype, shape and device, e.g. "float32 (2, 3) on cpu"."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def elements(flat: Tensor, piece: Piece) -> Tensor:
+    """The elements of a parameter that a piece consists of.
+
+    Args:
+        flat: all elements of the parameter, 1-D.
+        piece: the piece.
+
+    Returns:
+        View of ``flat``: [length], or [rows, width] for a slice of columns.
+    """
+    if not piece.width:
+        return flat[piece.start : piece.end]
+    shape, strides = (piece.length // piece.width, piece.width), (piece.stride, 1)
+    return flat.as_strided(shape, strides, flat.storage_offset() + piece.start)
+
+
+def within(buffer: Tensor, offset: int, piece: Piece) -> Tensor:
+    """The elements of a buffer that a piece occupies, in the shape of ``elements``.
+
+    Args:
+        buffer: a shard or a full buffer.
+        offset: where the piece starts there.
+        piece: the piece.
+
+    Returns:
+        View of ``buffer``.
+    """
+    part = buffer[offset : offset + piece.length]
+    return part.view(-1, piece.width) if piece.width else part
 
 
 @dataclass
@@ -77,24 +110,27 @@ class Bucket:
         self.params = params
         first = params[plan.params[0]].tensor
         self.dtype, self.device = first.dtype, first.device
+        self.tensor_ids = {id(params[index].tensor) for index in plan.params}
         self.spans = self._spans()
         self.held = self._held()
         self._places = self._full_places()
+        placed = sum(piece.length for places in self._places.values() for piece, _ in places)
+        self._padded = placed < plan.numel
         second = sum(span.length for span in self.spans if span.kind == "adamw")
         self.updates = 0
-        self.first_moment = self._zeros(plan.shard_numel)
+        self.first_moment = self._zeros(plan.lengths[rank])
         self.second_moment = self._zeros(second)
         self.master = None if self.dtype == torch.float32 else self.pack_shard().float()
 
     @property
     def world(self) -> int:
         """Number of shards."""
-        return len(self.plan.pieces)
+        return len(self.plan.lengths)
 
     @property
     def own(self) -> slice:
         """This rank's shard within a full buffer."""
-        return slice(self.rank * self.plan.shard_numel, (self.rank + 1) * self.plan.shard_numel)
+        return slice(self.plan.edges[self.rank], self.plan.edges[self.rank + 1])
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of optimizer state, float32, this rank's shard."""
@@ -108,11 +144,14 @@ class Bucket:
             dtype: dtype of the reduction.
 
         Returns:
-            [d * shard] tensor.
+            [full] tensor.
         """
-        full = torch.zeros(self.world * self.plan.shard_numel, dtype=dtype, device=self.device)
+        complete = not self._padded and all(self.params[index].tensor.grad is not None for index in self.plan.params)
+        make = torch.empty if complete else torch.zeros
+        full = make(self.plan.numel, dtype=dtype, device=self.device)
         for index in self.plan.params:
-            self.accumulate_grad(index, full)
+            for given, place in self._grads(index, full):
+                place.copy_(given)
         return full
 
     def accumulate_grad(self, index: int, full: Tensor) -> None:
@@ -120,36 +159,55 @@ class Bucket:
 
         Args:
             index: the parameter.
-            full: [d * shard], added to in place.
+            full: [full], added to in place.
         """
+        for given, place in self._grads(index, full):
+            place.add_(given)
+
+    def _grads(self, index: int, full: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each piece of a parameter's gradient, and its place in a full buffer."""
         grad = self.params[index].tensor.grad
         if grad is None:
             return
         flat = grad.detach().reshape(-1)
-        for piece, part in self._places[index]:
-            full[part].add_(flat[piece.start : piece.end])
+        for piece, offset in self._places[index]:
+            yield elements(flat, piece), within(full, offset, piece)
 
     def grad_marks(self) -> dict[int, tuple[int, int] | None]:
         """For each parameter what changes when its gradient is written to or replaced; None without a gradient."""
         grads = {index: self.params[index].tensor.grad for index in self.plan.params}
         return {index: None if grad is None else (id(grad), grad._version) for index, grad in grads.items()}
 
-    def pack_shard(self) -> Tensor:
-        """Copy this rank's elements of the parameters into a new shard of the parameters' dtype."""
-        shard = torch.zeros(self.plan.shard_numel, dtype=self.dtype, device=self.device)
-        for piece in self.plan.pieces[self.rank]:
-            flat = self.params[piece.param].tensor.detach().view(-1)
-            shard[piece.offset : piece.offset + piece.length].copy_(flat[piece.start : piece.end])
-        return shard
+    def pack_shard(self, shard: Tensor | None = None) -> Tensor:
+        """Copy this rank's elements of the parameters.
 
-    def weights(self) -> Tensor:
-        """Float32 weights of the shard, to be updated in place.
+        Args:
+            shard: [shard] in the parameters' dtype, overwritten; None makes a new one.
 
         Returns:
-            For float32 parameters a copy of them, otherwise the master weights. Parameters are the truth: where one
-            was written from outside since the last step, its master weight follows.
+            The shard.
         """
-        shard = self.pack_shard()
+        if shard is None:
+            shard = torch.empty(self.plan.lengths[self.rank], dtype=self.dtype, device=self.device)
+        end = 0
+        for piece in self.plan.pieces[self.rank]:
+            flat = self.params[piece.param].tensor.detach().view(-1)
+            within(shard, piece.offset, piece).copy_(elements(flat, piece))
+            end = piece.offset + piece.length
+        shard[end:].zero_()
+        return shard
+
+    def load_weights(self, full: Tensor) -> Tensor:
+        """Float32 weights of the shard, to be updated in place.
+
+        Args:
+            full: [full] in the parameters' dtype; its own shard is overwritten.
+
+        Returns:
+            For float32 parameters that shard, with copies of them, otherwise the master weights. Parameters are the
+            truth: where one was written from outside since the last step, its master weight follows.
+        """
+        shard = self.pack_shard(full[self.own])
         if self.master is None:
             return shard
         written = shard != self.master.to(self.dtype)
@@ -160,21 +218,19 @@ class Bucket:
         """Write a full buffer of updated weights into the parameters.
 
         Args:
-            full: [d * shard] in the parameters' dtype.
+            full: [full] in the parameters' dtype.
         """
         for index, places in self._places.items():
             flat = self.params[index].tensor.detach().view(-1)
-            for piece, part in places:
-                flat[piece.start : piece.end].copy_(full[part])
+            for piece, offset in places:
+                elements(flat, piece).copy_(within(full, offset, piece))
 
-    def _full_places(self) -> dict[int, list[tuple[Piece, slice]]]:
-        """For each parameter its pieces on all ranks and where they lie in a full buffer."""
-        shard = self.plan.shard_numel
-        places: dict[int, list[tuple[Piece, slice]]] = {}
-        for rank, pieces in enumerate(self.plan.pieces):
+    def _full_places(self) -> dict[int, list[tuple[Piece, int]]]:
+        """For each parameter its pieces on all ranks and where they start in a full buffer."""
+        places: dict[int, list[tuple[Piece, int]]] = {}
+        for edge, pieces in zip(self.plan.edges, self.plan.pieces, strict=False):
             for piece in pieces:
-                offset = rank * shard + piece.offset
-                places.setdefault(piece.param, []).append((piece, slice(offset, offset + piece.length)))
+                places.setdefault(piece.param, []).append((piece, edge + piece.offset))
         return places
 
     def _spans(self) -> list[Span]:

@@ -1,17 +1,22 @@
 """Every collective the optimizer issues, and the tally of what they cost.
 
 With one rank, or without an initialized process group, communication is skipped and the same code runs.
+
+A *full* tensor has the shards of all ranks, rank by rank; ``lengths`` are their elements, equal or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from distmuon.clock import PhaseClock
 
 
 class CollectiveKey(NamedTuple):
@@ -36,6 +41,7 @@ class Traffic:
     """Tally of the collectives issued since the last reset."""
 
     costs: dict[CollectiveKey, Cost] = field(default_factory=dict)
+    clock: PhaseClock = field(default_factory=PhaseClock)
 
     def add(self, collective: str, group_size: int, tensor: Tensor, wire: int) -> None:
         """Count one call.
@@ -62,12 +68,26 @@ class Traffic:
 
 
 class Pending:
-    """A collective under way; keeps its buffers alive until waited for."""
+    """A collective under way; keeps its buffers alive until waited for.
 
-    def __init__(self, result: Tensor, work: Any = None, buffers: Sequence[Tensor] = ()) -> None:
+    Args:
+        result: what ``wait`` returns.
+        work: what to wait for; None if the result is there.
+        buffers: what the collective reads and writes.
+        finish: makes the result from what arrived, after the wait.
+    """
+
+    def __init__(
+        self,
+        result: Tensor,
+        work: Any = None,
+        buffers: Sequence[Tensor] = (),
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self._result = result
         self._work = work
         self._buffers = buffers
+        self._finish = finish
 
     def done(self) -> bool:
         """Whether waiting would return at once."""
@@ -78,6 +98,8 @@ class Pending:
         if self._work is not None:
             self._work.wait()
             self._work, self._buffers = None, ()
+        if self._finish is not None:
+            self._result, self._finish = self._finish(self._result), None
         return self._result
 
 
@@ -91,31 +113,53 @@ class Group:
         self.rank: int = dist.get_rank(process_group) if _initialized() else 0
         self.ranks: tuple[int, ...] = (0,)
         self.device = torch.device("cpu")
+        self.backend = "none"
         if _initialized():
             self.ranks = tuple(dist.get_process_group_ranks(process_group))
-            if dist.get_backend(process_group) == "nccl":
+            self.backend = dist.get_backend(process_group)
+            if self.backend == "nccl":
                 self.device = torch.device("cuda", torch.cuda.current_device())
 
-    def reduce_scatter(self, full: Tensor) -> Pending:
-        """Sum a [d * n] tensor over the ranks and keep the own n elements; asynchronous."""
+    def reduce_scatter(self, full: Tensor, lengths: Sequence[int]) -> Pending:
+        """Sum a full tensor over the ranks and keep the own shard; asynchronous."""
         if self.size == 1:
             return Pending(full)
-        shard = full.new_empty(full.numel() // self.size)
-        collective = _flat_collective("reduce_scatter_single", "reduce_scatter_tensor")
-        work = collective(shard, full, group=self.process_group, async_op=True)
-        self.traffic.add("reduce_scatter", self.size, full, _bytes(full) * (self.size - 1) // self.size)
-        return Pending(shard, work, (full, shard))
+        wire = _bytes(full) * (self.size - 1) // self.size
+        self.traffic.add("reduce_scatter", self.size, full, wire)
+        shard = full.new_empty(lengths[self.rank])
+        if self.backend == "nccl" and len(set(lengths)) > 1:
+            # One call, which NCCL runs as a group of reduces to the owners.
+            work = dist.reduce_scatter(
+                shard, list(torch.split(full, list(lengths))), group=self.process_group, async_op=True
+            )
+        elif self.backend == "gloo" or len(set(lengths)) > 1:
+            return self._exchange_and_sum(full, lengths)
+        else:
+            collective = _flat_collective("reduce_scatter_single", "reduce_scatter_tensor")
+            work = collective(shard, full, group=self.process_group, async_op=True)
+        return Pending(shard, self._watched("reduce_scatter", full, work), (full, shard))
 
-    def all_gather(self, full: Tensor) -> Pending:
-        """Complete a [d * n] tensor whose own n elements are in place; asynchronous."""
+    def all_gather(self, full: Tensor, lengths: Sequence[int]) -> Pending:
+        """Complete a full tensor whose own shard is in place; asynchronous."""
         if self.size == 1:
             return Pending(full)
-        numel = full.numel() // self.size
-        shard = full[self.rank * numel : (self.rank + 1) * numel]
-        collective = _flat_collective("all_gather_single", "all_gather_into_tensor")
-        work = collective(full, shard, group=self.process_group, async_op=True)
         self.traffic.add("all_gather", self.size, full, _bytes(full) * (self.size - 1) // self.size)
-        return Pending(full, work, (full, shard))
+        shards = torch.split(full, list(lengths))
+        shard = shards[self.rank]
+        if len(set(lengths)) == 1 and self.backend != "gloo":
+            collective = _flat_collective("all_gather_single", "all_gather_into_tensor")
+            works = [collective(full, shard, group=self.process_group, async_op=True)]
+        elif self.backend == "nccl":
+            # One call, which NCCL runs as a group of broadcasts from the owners.
+            works = [dist.all_gather(list(shards), shard, group=self.process_group, async_op=True)]
+        else:
+            # On gloo, broadcasts under way at once also take half the time of its ring of equal shards.
+            works = [
+                dist.broadcast(part, rank, group=self.process_group, async_op=True)
+                for part, rank in zip(shards, self.ranks, strict=True)
+                if part.numel()
+            ]
+        return Pending(full, self._watched("all_gather", full, *works), (full, shard))
 
     def all_to_all(self, send: Tensor, send_counts: list[int], receive_counts: list[int]) -> Pending:
         """Send consecutive parts of a flat tensor to each rank; asynchronous."""
@@ -124,14 +168,15 @@ class Group:
             received, send, receive_counts, send_counts, group=self.process_group, async_op=True
         )
         self.traffic.add("all_to_all", self.size, send, _bytes(send))
-        return Pending(received, work, (send, received))
+        return Pending(received, self._watched("all_to_all", send, work), (send, received))
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum a small tensor over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(values, group=self.process_group)
-            self.traffic.add("all_reduce", self.size, values, 2 * _bytes(values) * (self.size - 1) // self.size)
-        return values
+        return self._all_reduce(values, dist.ReduceOp.SUM)
+
+    def all_reduce_max(self, values: Tensor) -> Tensor:
+        """Largest of each element of a small tensor over the ranks, in place."""
+        return self._all_reduce(values, dist.ReduceOp.MAX)
 
     def all_gather_text(self, text: str) -> list[str]:
         """Collect one text per rank; texts may differ in length."""
@@ -147,21 +192,59 @@ class Group:
         dist.all_gather(texts, padded, group=self.process_group)
         return [bytes(part[: int(count)].tolist()).decode() for part, count in zip(texts, lengths, strict=True)]
 
+    def _exchange_and_sum(self, full: Tensor, lengths: Sequence[int]) -> Pending:
+        """Reduce-scatter by sending every rank its shard and summing there, in the order of the ranks.
 
-def own_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        gloo's own sends as much as an all-reduce, twice this; and here a sum does not depend on where its elements lie.
+        """
+        own = lengths[self.rank]
+        received = full.new_empty(self.size * own)
+        work = dist.all_to_all_single(
+            received, full, [own] * self.size, list(lengths), group=self.process_group, async_op=True
+        )
+        return Pending(
+            received,
+            self._watched("reduce_scatter", full, work),
+            (full, received),
+            lambda parts: _sum_in_order(parts.view(self.size, own)),
+        )
+
+    def _all_reduce(self, values: Tensor, op: Any) -> Tensor:
+        if self.size > 1:
+            work = dist.all_reduce(values, op, group=self.process_group, async_op=True)
+            self._watched("all_reduce", values, work).wait()
+            self.traffic.add("all_reduce", self.size, values, 2 * _bytes(values) * (self.size - 1) // self.size)
+        return values
+
+    def _watched(self, collective: str, payload: Tensor, *works: Any) -> Any:
+        return self.traffic.clock.collective(collective, *works, bytes=_bytes(payload), ranks=self.size)
+
+
+def own_process_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
     """Give the optimizer a group of its own, so that a user's collectives between backward and step cannot interleave.
 
     Args:
-        process_group: the user's group, used as it is; None for all ranks.
+        process_group: the user's group, used as it is; a mesh for all its ranks, whatever its dimensions, since all
+            that hold equal gradients share the work; None for all ranks.
 
     Returns:
         ``process_group``, or a new group of all ranks, or None if there is only one rank.
     """
+    if isinstance(process_group, DeviceMesh):
+        return process_group.get_group() if process_group.ndim == 1 else process_group._flatten().get_group()
     if process_group is not None or not _initialized() or dist.get_world_size() == 1:
         return process_group
     group = dist.new_group()
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def _sum_in_order(parts_DN: Tensor) -> Tensor:
+    """Sum over the ranks in float32, each element in the same order whatever its place."""
+    total_N = parts_DN[0].to(torch.float32, copy=True)
+    for part_N in parts_DN[1:]:
+        total_N += part_N
+    return total_N
 
 
 def _flat_collective(name: str, before_2_13: str) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distmuon.bricks import Matrix
 from distmuon.bucket import Bucket
-from distmuon.plan import Matrix
 
 
 def outgoing(bucket: Bucket, shard: Tensor) -> tuple[Tensor, list[int], list[int]]:
@@ -31,7 +31,7 @@ def outgoing(bucket: Bucket, shard: Tensor) -> tuple[Tensor, list[int], list[int
 
 
 def assemble(bucket: Bucket, shard: Tensor, received: Tensor) -> dict[Matrix, Tensor]:
-    """Put every matrix together that this rank holds a piece of.
+    """Put every matrix together that this rank holds a piece of, except those of a team.
 
     Args:
         bucket: this rank's bucket.
@@ -44,6 +44,8 @@ def assemble(bucket: Bucket, shard: Tensor, received: Tensor) -> dict[Matrix, Te
     matrices: dict[Matrix, Tensor] = {}
     for held in bucket.held:
         matrix = held.matrix
+        if matrix.team:
+            continue
         if not matrix.cut and held.length == matrix.numel:
             matrices[matrix] = shard[held.part].view(matrix.rows, matrix.cols)
             continue

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from distmuon.errors import ConfigError
@@ -93,10 +93,23 @@ class MuonSettings(UpdateSettings):
 class PlacementSettings(UpdateSettings):
     """What sharding adds: who holds what, and in which portions it is communicated."""
 
-    policy: Literal["balanced", "flat"] = "balanced"
-    """"balanced" keeps matrices whole, "flat" cuts equal contiguous shards as ZeRO-1 does."""
-    bucket_mb: float = Field(default=25.0, gt=0)
-    """Least size of a reduce-scatter in MB (10^6 bytes of the reduction dtype), above 0."""
+    policy: Literal["balanced", "flat", "team"] = "balanced"
+    """"balanced" keeps matrices whole, "flat" cuts equal contiguous shards as ZeRO-1 does, "team" lets ranks share a
+    matrix that is too large for one."""
+    transport: Literal["auto", "scatter", "owner"] = "auto"
+    """"scatter": equal shards in every bucket; "owner": unequal ones in smaller buckets; "auto": what overlaps more."""
+    bucket_mb: float | None = Field(default=None, gt=0)
+    """Least size of a reduce-scatter in MB (10^6 bytes of the reduction dtype), above 0; None: 25, or 10^6 elements a
+    rank if that is more."""
+
+    @model_validator(mode="after")
+    def _obey_the_rules(self) -> PlacementSettings:
+        only = {"flat": "scatter", "team": "owner"}.get(self.policy, self.transport)
+        if self.transport not in ("auto", only):
+            raise ValueError(f'transport = "{self.transport}" does not go with policy = "{self.policy}"; use "{only}"')
+        if self.policy == "team" and self.ns.dtype == "float16":
+            raise ValueError('policy = "team" does not support ns.dtype = "float16"; use "bfloat16"')
+        return self
 
 
 class ShardSettings(PlacementSettings, MuonSettings):
@@ -167,7 +180,8 @@ def explain(model: type[BaseModel], problem: ErrorDetails) -> str:
     if problem["type"] == "missing":
         return f'"{field}" is missing and has no default; add it.'
     if problem["type"] == "value_error":
-        return f'"{field}" is not legal: {problem["msg"].removeprefix("Value error, ").removesuffix(".")}.'
+        reason = problem["msg"].removeprefix("Value error, ").removesuffix(".")
+        return f'"{field}" is not legal: {reason}.' if path else f"{reason}."
     reason = problem["msg"].replace("Input should be", "it must be").replace("a valid tuple", "a list")
     return f'"{field}" = {problem["input"]!r} is not legal: {reason}.'
 

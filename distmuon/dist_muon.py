@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
-from distmuon import domains, guard, phases, sharded_state
+from distmuon import domains, guard, pipeline, sharded_state
 from distmuon.adamw import choose_adamw
-from distmuon.batches import ShapeBatches
-from distmuon.bucket import BoundParam, Bucket
+from distmuon.bucket import BoundParam
 from distmuon.clock import PhaseClock
-from distmuon.comm import Group, Pending, Traffic, own_process_group
+from distmuon.comm import Group, Traffic, own_process_group
 from distmuon.config import ShardSettings, make_settings
 from distmuon.errors import ConfigError
+from distmuon.forward_overlap import ForwardOverlap
 from distmuon.groups import Params, bind, check_group, check_unchanged, complete_group, to_groups
 from distmuon.ns_settings import NewtonSchulz
 from distmuon.plan import Plan, Policy
+from distmuon.planner import TransportChoice
 from distmuon.readiness import Readiness, StepSettings, check_clip, find_loss_scale, get_ready
 from distmuon.reducer import Reducer
 
@@ -47,14 +49,18 @@ class DistMuon(torch.optim.Optimizer):
         adamw_lr: learning rate of the AdamW parameters; None takes lr.
         adamw_betas, adamw_eps: AdamW's decay rates and denominator floor.
         adamw_weight_decay: weight decay of the AdamW parameters; None takes weight_decay.
-        process_group: data-parallel group; None makes an own group of all ranks.
-        policy: "balanced" keeps matrices whole, "flat" cuts equal contiguous shards as ZeRO-1 does.
+        process_group: data-parallel group, or a DeviceMesh of all ranks with equal parameters, as replicate x shard;
+            None makes an own group of all ranks.
+        policy: "balanced" keeps matrices whole, "flat" cuts equal contiguous shards as ZeRO-1 does, "team" lets several
+            ranks share a matrix that is too large for one.
         reduce_dtype: precision in which gradients are summed over the ranks.
-        bucket_mb: size of one reduce-scatter in MB.
+        bucket_mb: least size of a reduce-scatter in MB; None means 25, or 10^6 elements a rank.
         max_grad_norm: clip the global norm of the raw gradients to this; None does not clip.
         ns: Newton-Schulz settings; None means ``NewtonSchulz()``.
         adamw_backend: "auto", "torch" or "apex" (NVIDIA's FusedAdam).
         grad_accum_dtype: torch.float32 accumulates micro-batches in float32 and releases p.grad; None uses p.grad.
+        transport: "scatter" for equal shards in every bucket, "owner" for unequal ones in smaller buckets, "auto" for
+            the one that leaves less communication behind the end of backward.
         expert_groups: expert-data-parallel groups by the name that param groups give as "expert_group".
 
     Raises:
@@ -79,23 +85,25 @@ class DistMuon(torch.optim.Optimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
         policy: Policy = "balanced",
         reduce_dtype: torch.dtype = torch.float32,
-        bucket_mb: float = 25.0,
+        bucket_mb: float | None = None,
         max_grad_norm: float | None = None,
         ns: NewtonSchulz | None = None,
         *,
         adamw_backend: str = "auto",
         grad_accum_dtype: torch.dtype | None = None,
+        transport: TransportChoice = "auto",
         expert_groups: Mapping[str, dist.ProcessGroup] | None = None,
     ) -> None:
         arguments = locals()
-        self.traffic = Traffic()
         self.clock = PhaseClock()
+        self.traffic = Traffic(clock=self.clock)
         self.plans: list[Plan] = []
         self.skipped_steps = 0
         self.grad_norm = 0.0
+        self._overlap = ForwardOverlap(self.clock)
         self._synchronize = True
         self._clip: tuple[float, float | None] | None = None
         self._bound: list[BoundParam] = []
@@ -105,7 +113,8 @@ class DistMuon(torch.optim.Optimizer):
         with guard.shared_failure(self._main):
             values = {field: arguments[field] for field in ShardSettings.model_fields}
             self.settings = make_settings(**{**values, "ns": ns or NewtonSchulz()})
-            self._reducer = Reducer(reduce_dtype, self.reduces_in_backward, grad_accum_dtype is not None)
+            accumulate = grad_accum_dtype is not None
+            self._reducer = Reducer(reduce_dtype, self.reduces_in_backward, self._overlap.is_pending, accumulate)
             # Schedulers that cycle momentum ask the defaults for it.
             super().__init__(to_groups(params), {"momentum": momentum})
             trained, frozen = bind(self.param_groups, 0)
@@ -151,6 +160,20 @@ class DistMuon(torch.optim.Optimizer):
         """
         super().zero_grad(set_to_none)
         self._forget_gradients()
+
+    def overlap_forward(self, model: torch.nn.Module) -> None:
+        """Leave all-gathers under way after ``step()``; each module of the model waits for its own in its forward.
+
+        Parameters read elsewhere, and not through the model's ``state_dict``, need ``finish_gathers`` first.
+
+        Args:
+            model: the module whose parameters this optimizer has.
+        """
+        self._overlap.hook(model)
+
+    def finish_gathers(self) -> None:
+        """Wait until all parameters have the values of the last step."""
+        self._overlap.wait()
 
     def reduce_gradients(self) -> None:
         """Finish what backward started: wait for reductions and launch those that lacked a gradient."""
@@ -202,10 +225,12 @@ class DistMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.finish_gathers()
         ready = self._get_ready()
         self.grad_norm = ready.verdict.norm
         if ready.verdict.finite:
-            self._update(ready.settings.groups, ready.coefficient)
+            rules = ready.settings.groups, ready.coefficient, self.settings.ns, self._adamw
+            pipeline.update(self._reducer.reductions, *rules, self.clock, self._overlap)
         else:
             self.skipped_steps += 1
             log.warning("gradients are not finite: all ranks skip this step (%d so far)", self.skipped_steps)
@@ -247,36 +272,11 @@ class DistMuon(torch.optim.Optimizer):
 
     def _place(self, trained: list[BoundParam], frozen: list[BoundParam]) -> None:
         """Agree with the other ranks on parameters, plan them, and start to watch for their gradients."""
+        self.finish_gathers()
         plans, reductions = domains.build(trained, self.param_groups, self._main, self._experts, self.settings)
         self._bound, self._frozen = self._bound + trained, self._frozen + frozen
         self.plans += plans
         self._reducer.add(reductions)
-
-    def _update(self, settings: phases.Settings, coefficient: float) -> None:
-        """Phases 3 to 7; the all-gather of one bucket runs while the next is applied."""
-        batches = ShapeBatches(self.settings.ns)
-        for reduction in self._reducer.reductions:
-            grad = reduction.mean
-            assert grad is not None
-            if coefficient != 1.0:
-                grad.mul_(coefficient)
-            with self.clock("momentum"):
-                inputs, largest = phases.momentum(reduction.bucket, grad, settings, self.settings.ns)
-            with self.clock("complete"):
-                batches.add(phases.complete(reduction.bucket, inputs, reduction.group), largest)
-        gathering: list[tuple[Bucket, Pending]] = []
-        for index, reduction in enumerate(self._reducer.reductions):
-            bucket = reduction.bucket
-            with self.clock("newton_schulz"):
-                directions = batches.take(index)
-            with self.clock("apply"):
-                weights = phases.apply(bucket, reduction.take_mean(), directions, settings, self._adamw)
-            with self.clock("gather"):
-                gathering.append((bucket, phases.gather(bucket, weights, reduction.group)))
-                # One all-gather stays under way; more would hold the buffers of the whole model.
-                phases.unpack(gathering, keep=1)
-        with self.clock("gather"):
-            phases.unpack(gathering, keep=0)
 
     def _get_ready(self, loss_scale: float | None = None) -> Readiness:
         """Phases 1 and 2: reduced gradients, their global norm, one decision for all ranks."""

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from distmuon.bricks import ParamSpec
 from distmuon.bucket import BoundParam, Bucket
 from distmuon.comm import Group
 from distmuon.config import GroupSettings, ShardSettings
 from distmuon.guard import check_agreement, shared_failure
 from distmuon.newton_schulz import find_products
-from distmuon.plan import ParamSpec, Plan, make_plan
+from distmuon.plan import Plan
+from distmuon.planner import default_bucket_numel, make_plan
 from distmuon.reducer import BucketReduction
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -58,9 +60,13 @@ def build(
     placed: list[tuple[int, BucketReduction]] = []
     for (name, _, _), members in _by_domain(params, groups, main, experts).items():
         group = experts[name] if name else main
-        specs = [ParamSpec(p.name, tuple(p.tensor.shape), p.kind) for p in members]
-        numel = max(1, int(settings.bucket_mb * 1e6) // _ITEMSIZE[settings.reduce_dtype])
-        plan = make_plan(specs, group.size, settings.policy, numel)
+        specs = [ParamSpec(p.name, tuple(p.tensor.shape), p.kind, p.split) for p in members]
+        itemsize = _ITEMSIZE[settings.reduce_dtype]
+        numel = default_bucket_numel(group.size, itemsize)
+        if settings.bucket_mb is not None:
+            numel = max(1, int(settings.bucket_mb * 1e6) // itemsize)
+        fraction = find_products(members[0].tensor.device, settings.ns).symmetric_fraction
+        plan = make_plan(specs, group.size, settings.policy, numel, settings.transport, settings.ns, fraction)
         plans.append(plan)
         for bucket in plan.buckets:
             reduction = BucketReduction(Bucket(bucket, group.rank, members), group, main.size)
@@ -89,6 +95,7 @@ def describe(
     entries = [("world size", str(group.size))]
     for p in params:
         what = f"{p.kind} {str(p.tensor.dtype).removeprefix('torch.')} {tuple(p.tensor.shape)}"
+        what += f" split {p.split}" if p.split else ""
         entries.append((f'parameter "{p.name}"', f"{what} in param group {p.group}"))
         # float64, so that a different element is seldom lost; NaN equals NaN as text.
         start = p.tensor.detach().sum(dtype=torch.float64).item()

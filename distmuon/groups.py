@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distmuon.bricks import Kind
 from distmuon.bucket import BoundParam, form
 from distmuon.config import GroupSettings, UpdateSettings, parse
 from distmuon.errors import ConfigError, ParameterError
-from distmuon.plan import Kind
+from distmuon.splits import row_blocks
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,10 @@ def bind(
         names = group.get("param_names") or [f"group{number}.param{i}" for i in range(len(tensors))]
         positions = group.get("positions") or [0] * len(tensors)
         for name, tensor, position in zip(names, tensors, positions, strict=True):
-            found.append((position, BoundParam(name, tensor, group["kind"], number, form(tensor))))
+            split = row_blocks(name, tensor.shape, group.get("split"))
+            if split and group["kind"] != "muon":
+                raise ParameterError(f'parameter "{name}" has kind "adamw" and cannot be split; leave "split" out.')
+            found.append((position, BoundParam(name, tensor, group["kind"], number, form(tensor), split)))
     found.sort(key=lambda item: item[0])
     params = [param for _, param in found]
     trained = [param for param in params if param.tensor.requires_grad]

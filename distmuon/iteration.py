@@ -8,7 +8,7 @@ Shapes: B matrices, M rows, N >= M columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +50,37 @@ def iterate(x_BMN: Tensor, schedule: Schedule, products: Products) -> Tensor:
 
     Source: K. Jordan et al., "Muon", 2024 (plain); Dao-AILab, "Gram Newton-Schulz", 2025 (Gram).
     """
+    steps = segments(x_BMN, schedule, products)
+    gram_BMM = next(steps)
+    while True:
+        try:
+            gram_BMM = steps.send(gram_BMM)
+        except StopIteration as end:
+            done: Tensor = end.value
+            return done
+
+
+def segments(x_BMN: Tensor, schedule: Schedule, products: Products) -> Generator[Tensor, Tensor, Tensor]:
+    """Run all segments, with XX^T left to the caller to complete: X may be a slice of the columns.
+
+    Args:
+        x_BMN: as for ``iterate``; N may be less than M.
+        schedule: the steps.
+        products: the device's matrix products.
+
+    Yields:
+        [B, M, M] XX^T of these columns, once a segment; it is to be sent back summed over all columns.
+
+    Returns:
+        [B, M, N] in the same dtype.
+    """
     done = 0
     for length in schedule.segments:
         quintics = schedule.quintics[done : done + length]
+        gram_BMM = yield products.gram(x_BMN)
         if done > 0 and length == 1:
-            x_BMN = _step(x_BMN, quintics[0], products)
+            x_BMN = _step(x_BMN, gram_BMM, quintics[0], products)
         else:
-            gram_BMM = products.gram(x_BMN)
             if done == 0:
                 w_BMM = _starting_factor(gram_BMM, quintics[0], schedule.start, products)
             else:
@@ -66,10 +90,10 @@ def iterate(x_BMN: Tensor, schedule: Schedule, products: Products) -> Tensor:
     return x_BMN
 
 
-def _step(x_BMN: Tensor, quintic: Quintic, products: Products) -> Tensor:
+def _step(x_BMN: Tensor, gram_BMM: Tensor, quintic: Quintic, products: Products) -> Tensor:
     """X <- aX + (bR + cR^2)X."""
     a, b, c = quintic
-    return products.add_product(x_BMN, products.polynomial(products.gram(x_BMN), 0.0, b, c), a)
+    return products.add_product(x_BMN, products.polynomial(gram_BMM, 0.0, b, c), a)
 
 
 def _starting_factor(gram_BMM: Tensor, quintic: Quintic, start: Start, products: Products) -> Tensor:

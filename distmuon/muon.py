@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from distmuon.groups import Params, bind, check_group, complete_group, to_groups
 from distmuon.newton_schulz import INPUT_DTYPES, find_products, orthogonalize
 from distmuon.ns_settings import NewtonSchulz
 from distmuon.scaling import rms_matched_scale
+from distmuon.splits import row_blocks
 from distmuon.update import adamw_, apply_, momentum_
 
 
@@ -117,7 +118,8 @@ class Muon(torch.optim.Optimizer):
         for group, of_group, hyper in zip(self.param_groups, grads, settings, strict=True):
             for parameter, grad in zip(group["params"], of_group, strict=True):
                 if parameter.requires_grad:
-                    self._update(parameter, grad if coefficient == 1.0 else grad * coefficient, hyper)
+                    split = row_blocks("", parameter.shape, group.get("split"))
+                    self._update(parameter, grad if coefficient == 1.0 else grad * coefficient, hyper, split)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -135,7 +137,7 @@ class Muon(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     self.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
 
-    def _update(self, parameter: Tensor, grad: Tensor, hyper: GroupSettings) -> None:
+    def _update(self, parameter: Tensor, grad: Tensor, hyper: GroupSettings, split: Sequence[int]) -> None:
         state = self._state(parameter, hyper.kind)
         state["updates"] += 1
         weight = state.get("master", parameter)
@@ -144,8 +146,10 @@ class Muon(torch.optim.Optimizer):
         if hyper.kind == "muon":
             ns = self.settings.ns
             inputs = momentum_(state["first_moment"], grad, hyper.momentum, hyper.nesterov)
-            direction = orthogonalize(inputs.to(INPUT_DTYPES[ns.dtype]), ns)
-            apply_(weight, direction, hyper.lr, rms_matched_scale(*parameter.shape[-2:]), hyper.weight_decay)
+            blocks = list(split or parameter.shape[-2:-1])
+            for part, own in zip(torch.split(inputs, blocks, dim=-2), torch.split(weight, blocks, dim=-2), strict=True):
+                direction = orthogonalize(part.to(INPUT_DTYPES[ns.dtype]), ns)
+                apply_(own, direction, hyper.lr, rms_matched_scale(*part.shape[-2:]), hyper.weight_decay)
         else:
             adamw_(
                 weight,

@@ -25,6 +25,8 @@ INPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 BATCH_NUMEL = 2**26
 # Elements from which torch transposes a matrix five times faster alone than in a batch, on a CPU.
 TRANSPOSED_ALONE = 2**16
+# Elements from which a matrix is measured faster alone than in a batch, on a CPU.
+MEASURED_ALONE = 2**14
 # float16 keeps matrices at a Frobenius norm in [16, 32): with 1, XX^T of 2,048 rows underflows; 64 would overflow it.
 HALF_NORM = 32.0
 
@@ -97,13 +99,16 @@ def find_products(device: torch.device, ns: NewtonSchulz) -> Products:
         raise ConfigError(str(error)) from None
 
 
-def prescale(x_BMN: Tensor, dtype: torch.dtype, largest_B: Tensor | None = None) -> Tensor:
+def prescale(
+    x_BMN: Tensor, dtype: torch.dtype, largest_B: Tensor | None = None, long_side: int | None = None
+) -> Tensor:
     """Divide each matrix by a power of two, so that its products neither overflow nor underflow, and cast it.
 
     Args:
         x_BMN: [B, M, N], any floating dtype, not empty. Not written to.
         dtype: dtype to iterate in.
         largest_B: [B] float32 largest magnitudes of matrices that are not float64; None measures them.
+        long_side: of the whole matrices, if these are slices of them and dtype is not float16; None: they are whole.
 
     Returns:
         [B, M, N] in that dtype: with its largest element around 1 / sqrt(max(M, N)), or for float16 with a Frobenius
@@ -114,24 +119,31 @@ def prescale(x_BMN: Tensor, dtype: torch.dtype, largest_B: Tensor | None = None)
     given_BMN = x_BMN
     # A cast to bfloat16 gives the same bits before the division as after it, at half the traffic.
     x_BMN = x_BMN.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    largest_B11 = _largest(x_BMN) if largest_B is None else largest_B[:, None, None].to(x_BMN.dtype)
+    largest_B11 = largest_magnitude(x_BMN) if largest_B is None else largest_B[:, None, None].to(x_BMN.dtype)
     divisor_B11 = power_of_two(largest_B11)
     if dtype == torch.float16:
         x_BMN = x_BMN / divisor_B11
         norm_B11 = torch.linalg.vector_norm(x_BMN, dim=(1, 2), keepdim=True, dtype=torch.float64).float()
         divisor_B11 = (power_of_two(norm_B11) * (2 / HALF_NORM)).clamp(min=2.0**-126)
     else:
-        root = 2.0 ** math.ceil(math.log2(max(x_BMN.shape[-2:])) / 2)
+        root = 2.0 ** math.ceil(math.log2(long_side or max(x_BMN.shape[-2:])) / 2)
         divisor_B11 = (divisor_B11 * root).clamp(max=2.0**127)
     # What the cast made anew is divided where it is.
     return (x_BMN / divisor_B11 if x_BMN is given_BMN else x_BMN.div_(divisor_B11)).to(dtype)
 
 
-def _largest(x_BMN: Tensor) -> Tensor:
-    """Largest magnitude of each matrix, [B, 1, 1]; NaN if one is not a number."""
-    if x_BMN.shape[0] == 1:
-        low, high = x_BMN.aminmax()
-        return torch.maximum(high, -low)[None, None, None]
+def largest_magnitude(x_BMN: Tensor) -> Tensor:
+    """Measure matrices.
+
+    Args:
+        x_BMN: [B, M, N], not empty.
+
+    Returns:
+        [B, 1, 1] largest magnitude of each; NaN if one is not a number.
+    """
+    if x_BMN.shape[0] == 1 or (x_BMN.device.type == "cpu" and math.prod(x_BMN.shape[-2:]) >= MEASURED_ALONE):
+        extremes = [x_MN.aminmax() for x_MN in x_BMN]
+        return torch.stack([torch.maximum(high, -low) for low, high in extremes])[:, None, None]
     return torch.maximum(x_BMN.amax(dim=(1, 2), keepdim=True), -x_BMN.amin(dim=(1, 2), keepdim=True))
 
 

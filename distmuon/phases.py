@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from distmuon.adamw import AdamWRule
-from distmuon.bucket import Bucket
-from distmuon.comm import Group, Pending
+from distmuon.blocks import blocks
+from distmuon.bricks import Matrix
+from distmuon.bucket import Bucket, Span
+from distmuon.comm import Group
 from distmuon.completion import assemble, outgoing
 from distmuon.config import GroupSettings
 from distmuon.kernels import host
 from distmuon.newton_schulz import INPUT_DTYPES
 from distmuon.ns_settings import NewtonSchulz
-from distmuon.plan import Matrix
 from distmuon.scaling import rms_matched_scale
 from distmuon.update import apply_, momentum_
 
@@ -32,17 +33,19 @@ def momentum(bucket: Bucket, grad: Tensor, settings: Settings, ns: NewtonSchulz)
         ns: Newton-Schulz settings, which decide the dtype that inputs travel in.
 
     Returns:
-        [shard] Newton-Schulz inputs, in which elements that belong to AdamW are zero, and the largest magnitude in each
-        matrix that lies here whole, if a kernel measured it on the way.
+        [shard] Newton-Schulz inputs, in which elements that belong to AdamW have no meaning, and the largest magnitude
+        in each matrix that lies here whole, if a kernel measured it on the way.
     """
-    inputs = torch.zeros_like(grad, dtype=INPUT_DTYPES[ns.dtype])
+    inputs = torch.empty_like(grad, dtype=INPUT_DTYPES[ns.dtype])
     largest: dict[Matrix, Tensor] = {}
     fused = host.fused_momentum(grad.device, ns.kernels)
     if fused is None:
         for span in bucket.spans:
             if span.kind == "muon":
-                group, state = settings[span.group], bucket.first_moment[span.part]
-                inputs[span.part] = momentum_(state, grad[span.part], group.momentum, group.nesterov)
+                group = settings[span.group]
+                for part in blocks(span.part, grad.device):
+                    state = bucket.first_moment[part]
+                    inputs[part] = momentum_(state, grad[part], group.momentum, group.nesterov)
         return inputs, largest
     for held in bucket.held:
         group, state = settings[held.group], bucket.first_moment[held.part]
@@ -83,57 +86,39 @@ def apply(
         adamw: the AdamW rule.
 
     Returns:
-        [shard] updated float32 weights.
+        [full] buffer in the parameters' dtype, of which this rank's shard is filled in.
     """
-    weights = bucket.weights()
+    full = torch.empty(bucket.plan.numel, dtype=bucket.dtype, device=bucket.device)
+    weights = bucket.load_weights(full)
     bucket.updates += 1
     for held in bucket.held:
         group = settings[held.group]
         direction = directions[held.matrix].reshape(-1)[held.within : held.within + held.length]
         scale = rms_matched_scale(held.matrix.rows, held.matrix.cols)
-        apply_(weights[held.part], direction, group.lr, scale, group.weight_decay)
+        own = weights[held.part]
+        for part in blocks(slice(0, held.length), bucket.device):
+            apply_(own[part], direction[part], group.lr, scale, group.weight_decay)
     for span in bucket.spans:
         if span.kind == "adamw":
-            group = settings[span.group]
-            adamw(
-                weights[span.part],
-                grad[span.part],
-                bucket.first_moment[span.part],
-                bucket.second_moment[span.second_moment_part],
-                step=bucket.updates,
-                lr=group.lr,
-                betas=group.betas,
-                eps=group.eps,
-                weight_decay=group.weight_decay,
-            )
-    return weights
+            _apply_adamw(bucket, span, weights, grad, settings[span.group], adamw)
+    if bucket.master is not None:
+        full[bucket.own].copy_(weights)
+    return full
 
 
-def unpack(gathering: list[tuple[Bucket, Pending]], keep: int) -> None:
-    """Write gathered weights into the parameters, oldest bucket first.
-
-    Args:
-        gathering: buckets and their all-gathers; finished ones are removed.
-        keep: number of all-gathers to leave under way.
-    """
-    while len(gathering) > keep:
-        bucket, pending = gathering.pop(0)
-        bucket.unpack(pending.wait())
-
-
-def gather(bucket: Bucket, weights: Tensor, group: Group) -> Pending:
-    """Start collecting the updated weights of all shards in the parameters' own dtype.
-
-    Args:
-        bucket: this rank's bucket.
-        weights: [shard] float32 weights.
-        group: the ranks that share the bucket.
-
-    Returns:
-        Handle of the [d * shard] result.
-    """
-    if bucket.world == 1:
-        return Pending(weights.to(bucket.dtype))
-    full = weights.new_empty(bucket.world * bucket.plan.shard_numel, dtype=bucket.dtype)
-    full[bucket.own].copy_(weights)
-    return group.all_gather(full)
+def _apply_adamw(
+    bucket: Bucket, span: Span, weights: Tensor, grad: Tensor, group: GroupSettings, adamw: AdamWRule
+) -> None:
+    second = bucket.second_moment[span.second_moment_part]
+    for part in blocks(slice(0, span.length), bucket.device):
+        adamw(
+            weights[span.part][part],
+            grad[span.part][part],
+            bucket.first_moment[span.part][part],
+            second[part],
+            step=bucket.updates,
+            lr=group.lr,
+            betas=group.betas,
+            eps=group.eps,
+            weight_decay=group.weight_decay,
+        )

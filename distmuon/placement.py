@@ -1,34 +1,46 @@
-"""The placement policies: how runs of elements are dealt out to the shards of a bucket."""
+"""Equal shards: how runs of elements are dealt out to the ranks of a reduce-scatter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+import heapq
+from bisect import bisect_right, insort
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from math import inf
+from typing import NamedTuple
 
 # A bucket that could not be levelled is tried again when it has grown by this factor; more often takes too long.
 _GROWTH = 1.25
 
 
 class Run(NamedTuple):
-    """Consecutive elements of one parameter; a cost above zero marks a matrix, which is best kept whole."""
+    """Elements of one parameter that stay together; a cost above zero marks a matrix, or a team's slice of one."""
 
     param: int
     start: int
     length: int
-    cost: int
+    cost: float
+    width: int = 0
+    """Consecutive elements in each row of a slice of columns; 0: all elements are consecutive."""
+    stride: int = 0
+    """Elements from one row of such a slice to the next."""
+    brick: int = 0
+    """First element of the matrix, which tells the slices of different matrices apart."""
 
 
 class Piece(NamedTuple):
-    """Consecutive elements of one parameter and where they lie in a rank's shard of a bucket."""
+    """Elements of one parameter and where they lie, without gaps, in a rank's shard of a bucket."""
 
     param: int
     start: int
     length: int
     offset: int
+    width: int = 0
+    stride: int = 0
 
     @property
     def end(self) -> int:
-        """First element after the piece, counted within the parameter."""
+        """First element after a consecutive piece, counted within the parameter."""
         return self.start + self.length
 
 
@@ -37,7 +49,7 @@ class Dealt(NamedTuple):
 
     whole: list[list[Run]]
     rest: list[Run]
-    loads: list[int]
+    loads: list[float]
 
     @property
     def level(self) -> bool:
@@ -45,8 +57,42 @@ class Dealt(NamedTuple):
         return not any(run.cost for run in self.rest)
 
 
-# Per rank the pieces of its shard, and the length of every shard.
-Shards = tuple[list[list[Piece]], int]
+class Sizes:
+    """How many matrices of which length a bucket has so far."""
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._counts: Counter[int] = Counter()
+
+    def add(self, runs: list[Run]) -> None:
+        """Count more runs.
+
+        Args:
+            runs: the runs.
+        """
+        self._total += sum(run.length for run in runs)
+        self._counts.update(run.length for run in runs if run.cost)
+
+    def may_level(self, world: int) -> bool:
+        """Whether equal shards have places enough for the longest matrices; if not, dealing can be spared.
+
+        Args:
+            world: number of ranks.
+        """
+        cap = -(-self._total // world)
+        longer = 0
+        for length in sorted(self._counts, reverse=True):
+            longer += self._counts[length]
+            if longer > world * (cap // length):
+                return False
+        return True
+
+
+class Shards(NamedTuple):
+    """A bucket: per rank the pieces of its shard, and the length of its shard."""
+
+    pieces: list[list[Piece]]
+    lengths: list[int]
 
 
 def place_flat(params: Iterable[list[Run]], world: int, bucket_numel: int) -> list[Shards]:
@@ -58,11 +104,9 @@ def place_flat(params: Iterable[list[Run]], world: int, bucket_numel: int) -> li
         bucket_numel: elements after which a bucket is closed.
 
     Returns:
-        Pieces per rank and shard length, one pair a bucket.
+        The buckets.
     """
-    return [
-        _pour([[] for _ in range(world)], runs, _shard_numel(runs, world)) for runs in _batches(params, bucket_numel)
-    ]
+    return [pour([[] for _ in range(world)], runs, equal(runs, world)) for runs in batches(params, bucket_numel)]
 
 
 def place_balanced(params: Iterable[list[Run]], world: int, bucket_numel: int) -> list[Shards]:
@@ -78,51 +122,105 @@ def place_balanced(params: Iterable[list[Run]], world: int, bucket_numel: int) -
         bucket_numel: elements after which a bucket is closed.
 
     Returns:
-        Pieces per rank and shard length, one pair a bucket.
+        The buckets.
     """
-    closed: list[tuple[list[Run], list[int]]] = []
+    closed: list[tuple[list[Run], list[float]]] = []
     placed: list[Shards] = []
-    loads = [0] * world
+    loads = [0.0] * world
     pending: list[Run] = []
+    sizes = Sizes()
     too_few = 0
-    for runs in _batches(params, bucket_numel):
+    for runs in batches(params, bucket_numel):
         pending += runs
-        if len(pending) < _GROWTH * too_few:
+        sizes.add(runs)
+        if len(pending) < _GROWTH * too_few or not sizes.may_level(world):
             continue
         dealt = _deal(pending, loads)
         if dealt.level:
             closed.append((pending, loads))
-            placed.append(_pour(dealt.whole, dealt.rest, _shard_numel(pending, world)))
-            loads, pending, too_few = dealt.loads, [], 0
+            placed.append(pour(dealt.whole, dealt.rest, equal(pending, world)))
+            loads, pending, sizes, too_few = dealt.loads, [], Sizes(), 0
         else:
             too_few = len(pending)
     while pending:
-        dealt = _deal(pending, loads)
-        if dealt.level or not closed:
-            placed.append(_pour(dealt.whole, dealt.rest, _shard_numel(pending, world)))
-            break
+        if not closed or sizes.may_level(world):
+            dealt = _deal(pending, loads)
+            if dealt.level or not closed:
+                placed.append(pour(dealt.whole, dealt.rest, equal(pending, world)))
+                break
         earlier, loads = closed.pop()
         placed.pop()
         pending = earlier + pending
+        sizes.add(earlier)
     return placed
 
 
-def _batches(params: Iterable[list[Run]], bucket_numel: int) -> Iterator[list[Run]]:
+def batches(params: Iterable[list[Run]], bucket_numel: int) -> Iterator[list[Run]]:
+    """Gather the runs of consecutive parameters until a bucket is full.
+
+    Args:
+        params: runs of each parameter, in the order in which gradients arrive.
+        bucket_numel: elements after which a bucket is closed.
+
+    Yields:
+        The runs of each bucket.
+    """
     batch: list[Run] = []
+    numel = 0
     for runs in params:
         batch.extend(runs)
-        if batch and sum(run.length for run in batch) >= bucket_numel:
+        numel += sum(run.length for run in runs)
+        if batch and numel >= bucket_numel:
             yield batch
-            batch = []
+            batch, numel = [], 0
     if batch:
         yield batch
 
 
-def _shard_numel(runs: list[Run], world: int) -> int:
-    return -(-sum(run.length for run in runs) // world)
+def equal(runs: list[Run], world: int) -> list[int]:
+    """Least equal shard lengths that hold all runs.
+
+    Args:
+        runs: the runs of a bucket.
+        world: number of ranks.
+
+    Returns:
+        The length of every shard.
+    """
+    return [-(-sum(run.length for run in runs) // world)] * world
 
 
-def _deal(runs: list[Run], loads: list[int]) -> Dealt:
+def pour(placed: list[list[Run]], stream: list[Run], lengths: list[int]) -> Shards:
+    """Lay each rank's whole runs first, then fill the shards from the stream, cutting it where one is full.
+
+    Args:
+        placed: whole runs by rank.
+        stream: elementwise runs, or matrices that may be cut.
+        lengths: of the shards.
+
+    Returns:
+        The bucket.
+    """
+    pieces: list[list[Piece]] = []
+    queue = list(reversed(stream))
+    for runs, full in zip(placed, lengths, strict=True):
+        shard: list[Piece] = []
+        offset = 0
+        for run in runs:
+            shard.append(Piece(run.param, run.start, run.length, offset, run.width, run.stride))
+            offset += run.length
+        while queue and offset < full:
+            run = queue.pop()
+            length = min(run.length, full - offset)
+            shard.append(Piece(run.param, run.start, length, offset))
+            offset += length
+            if length < run.length:
+                queue.append(run._replace(start=run.start + length, length=run.length - length))
+        pieces.append(shard)
+    return Shards(pieces, lengths)
+
+
+def _deal(runs: list[Run], loads: list[float]) -> Dealt:
     """Deal whole matrices to the ranks by cost; if one fits nowhere, try again by length, which packs tighter."""
     by_cost = _longest_first(runs, loads)
     if by_cost.level:
@@ -131,54 +229,55 @@ def _deal(runs: list[Run], loads: list[int]) -> Dealt:
     return by_length if by_length.level else by_cost
 
 
-def _longest_first(runs: list[Run], loads: list[int]) -> Dealt:
+def _longest_first(runs: list[Run], loads: list[float]) -> Dealt:
     """Costly matrices first, each to the least loaded rank with room in its shard."""
     matrices = sorted((run for run in runs if run.cost), key=lambda run: -run.cost)
-    return _place(matrices, runs, loads, lambda rank, used, load: (load[rank], used[rank]))
-
-
-def _best_fit(runs: list[Run], loads: list[int]) -> Dealt:
-    """Long matrices first, each to the rank whose shard it fills best."""
-    matrices = sorted((run for run in runs if run.cost), key=lambda run: -run.length)
-    return _place(matrices, runs, loads, lambda rank, used, load: (-used[rank], load[rank]))
-
-
-def _place(
-    matrices: list[Run], runs: list[Run], loads: list[int], preference: Callable[[int, list[int], list[int]], Any]
-) -> Dealt:
-    """Give each matrix to the rank with room in its shard that is preferred most (least value)."""
-    world, cap = len(loads), _shard_numel(runs, len(loads))
-    loads, used = list(loads), [0] * world
-    whole: list[list[Run]] = [[] for _ in range(world)]
-    rest = [run for run in runs if not run.cost]
+    dealt, cap = _nothing(runs, loads)
+    left: list[Run] = []
+    # (load, elements, rank), least loaded first.
+    ranks = [(load, 0, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(ranks)
+    full: list[tuple[float, int, int]] = []
+    too_long = 0
     for run in matrices:
-        roomy = [rank for rank in range(world) if used[rank] + run.length <= cap]
-        if not roomy:
-            rest.insert(0, run)
+        # Who had no room for a matrix has none for one as long.
+        if run.length < too_long:
+            for entry in full:
+                heapq.heappush(ranks, entry)
+            full, too_long = [], 0
+        while ranks and ranks[0][1] + run.length > cap:
+            full.append(heapq.heappop(ranks))
+            too_long = run.length
+        if ranks:
+            load, used, rank = ranks[0]
+            heapq.heapreplace(ranks, (load + run.cost, used + run.length, rank))
+            dealt.whole[rank].append(run)
+            dealt.loads[rank] = load + run.cost
+        else:
+            left.append(run)
+    return dealt._replace(rest=left[::-1] + dealt.rest)
+
+
+def _best_fit(runs: list[Run], loads: list[float]) -> Dealt:
+    """Long matrices first, each to the rank whose shard it fills best, of those to the least loaded."""
+    matrices = sorted((run for run in runs if run.cost), key=lambda run: -run.length)
+    dealt, cap = _nothing(runs, loads)
+    # (elements, -load, -rank), ascending.
+    ranks = sorted((0, -load, -rank) for rank, load in enumerate(loads))
+    left: list[Run] = []
+    for run in matrices:
+        place = bisect_right(ranks, (cap - run.length, inf, inf)) - 1
+        if place < 0:
+            left.append(run)
             continue
-        rank = min(roomy, key=lambda rank: preference(rank, used, loads))
-        whole[rank].append(run)
-        used[rank] += run.length
-        loads[rank] += run.cost
-    return Dealt(whole, rest, loads)
+        used, load, rank = ranks.pop(place)
+        insort(ranks, (used + run.length, load - run.cost, rank))
+        dealt.whole[-rank].append(run)
+        dealt.loads[-rank] = run.cost - load
+    return dealt._replace(rest=left[::-1] + dealt.rest)
 
 
-def _pour(placed: list[list[Run]], stream: list[Run], shard_numel: int) -> Shards:
-    """Lay each rank's whole runs first, then fill the shards from the stream, cutting it where one is full."""
-    pieces: list[list[Piece]] = []
-    queue = list(reversed(stream))
-    for runs in placed:
-        shard: list[Piece] = []
-        offset = 0
-        for run in runs:
-            shard.append(Piece(run.param, run.start, run.length, offset))
-            offset += run.length
-        while queue and offset < shard_numel:
-            run = queue.pop()
-            length = min(run.length, shard_numel - offset)
-            shard.append(Piece(run.param, run.start, length, offset))
-            offset += length
-            if length < run.length:
-                queue.append(run._replace(start=run.start + length, length=run.length - length))
-        pieces.append(shard)
-    return pieces, shard_numel
+def _nothing(runs: list[Run], loads: list[float]) -> tuple[Dealt, int]:
+    """A deal without matrices yet, and the length of a shard."""
+    whole: list[list[Run]] = [[] for _ in loads]
+    return Dealt(whole, [run for run in runs if not run.cost], list(loads)), equal(runs, len(loads))[0]

@@ -1,69 +1,25 @@
-"""Placement as data: which elements live on which rank, and who orthogonalizes which matrix.
+"""A plan: which elements live on which rank, who orthogonalizes which matrix, and the bytes and FLOPs that follow.
 
-Pure Python on shapes; no tensors, no process groups. ``make_plan`` is the one entry point, a ``Plan`` the result.
+Data only; ``distmuon.planner.make_plan`` makes it, the optimizer's step carries it out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from math import prod
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
-from distmuon.errors import ConfigError
-from distmuon.placement import Piece, Run, place_balanced, place_flat
+from distmuon.bricks import Matrix, ParamSpec, even_parts
+from distmuon.placement import Piece
 
-Kind = Literal["muon", "adamw"]
-Policy = Literal["balanced", "flat"]
+Policy = Literal["balanced", "flat", "team"]
+Transport = Literal["scatter", "owner"]
 
-
-@dataclass(frozen=True)
-class ParamSpec:
-    """What the planner knows of one parameter: name, shape and which rule updates it."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: Kind
-
-    @cached_property
-    def numel(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    @property
-    def matrices(self) -> int:
-        """Number of matrices stacked in a Muon parameter: E for [E, A, B], 1 for [A, B]."""
-        return prod(self.shape[:-2])
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One matrix that Newton-Schulz runs on: a contiguous block of a parameter and the ranks holding pieces of it."""
-
-    param: int
-    start: int
-    rows: int
-    cols: int
-    holders: tuple[int, ...] = ()
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return self.rows * self.cols
-
-    @property
-    def cost(self) -> int:
-        """FLOPs of one quintic Newton-Schulz iteration: 4 n^2 m + 2 n^3 for n <= m."""
-        short, long = sorted((self.rows, self.cols))
-        return 4 * short * short * long + 2 * short**3
-
-    @property
-    def cut(self) -> bool:
-        """Whether the matrix crosses a shard edge."""
-        return len(self.holders) > 1
+STATE_ITEMSIZE = 4
 
 
 class Part(NamedTuple):
@@ -76,11 +32,27 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """One reduce-scatter and one all-gather: per rank the pieces of its shard, in shard order."""
+    """What is reduced, and later gathered, at once: per rank the pieces of its shard, in shard order."""
 
-    shard_numel: int
+    lengths: tuple[int, ...]
+    """Elements of every rank's shard, padding included."""
     pieces: tuple[tuple[Piece, ...], ...]
     matrices: tuple[Matrix, ...]
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements of all shards, padding included."""
+        return sum(self.lengths)
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether all shards are equally long."""
+        return len(set(self.lengths)) == 1
+
+    @cached_property
+    def edges(self) -> tuple[int, ...]:
+        """Where each shard starts in a buffer of all of them, and where the last one ends."""
+        return tuple(accumulate(self.lengths, initial=0))
 
     @cached_property
     def params(self) -> tuple[int, ...]:
@@ -95,10 +67,14 @@ class BucketPlan:
             matrix: a matrix of this bucket.
 
         Returns:
-            One part per piece of the shard that touches the matrix, in shard order.
+            One part per piece of the shard that touches the matrix, in shard order; a team's slice counts from 0.
         """
         found = []
         for piece in self._by_param[rank].get(matrix.param, ()):
+            if matrix.team:
+                if matrix.start <= piece.start < matrix.end:
+                    found.append(Part(piece.offset, 0, piece.length))
+                continue
             start, length = overlap(piece, matrix)
             if length:
                 found.append(Part(piece.offset + start - piece.start, start - matrix.start, length))
@@ -121,16 +97,20 @@ class Plan:
     """Placement of a list of parameters over the ranks of one group."""
 
     policy: Policy
+    transport: Transport
+    """"scatter": equal shards, one reduce-scatter and one all-gather a bucket. "owner": shards of any length, reduced
+    to and broadcast from their owners, which moves as much."""
     world: int
+    bucket_numel: int
     params: tuple[ParamSpec, ...]
     buckets: tuple[BucketPlan, ...] = field(repr=False)
 
-    @property
+    @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
-        """Every matrix of every bucket."""
+        """Every matrix of every bucket; one that lies in several buckets counts in each."""
         return tuple(matrix for bucket in self.buckets for matrix in bucket.matrices)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements planned, without padding."""
         return sum(spec.numel for spec in self.params)
@@ -138,10 +118,18 @@ class Plan:
     @property
     def padding(self) -> int:
         """Elements added so that all shards of a bucket have one length."""
-        return self.world * sum(bucket.shard_numel for bucket in self.buckets) - self.numel
+        return sum(bucket.numel for bucket in self.buckets) - self.numel
+
+    def shard_numel(self, rank: int) -> int:
+        """Elements that a rank holds, padding included.
+
+        Args:
+            rank: the rank.
+        """
+        return sum(bucket.lengths[rank] for bucket in self.buckets)
 
     def shard_bytes(self, itemsize: int) -> int:
-        """Ring-model bytes that one rank sends to reduce-scatter, or to all-gather, every bucket once.
+        """Ring-model bytes that one rank sends to reduce, or to gather, every bucket once.
 
         Args:
             itemsize: bytes per element on the wire.
@@ -149,7 +137,7 @@ class Plan:
         Returns:
             (d - 1) / d of the padded size, in bytes.
         """
-        return (self.world - 1) * sum(bucket.shard_numel for bucket in self.buckets) * itemsize
+        return sum(ring_bytes(bucket.numel * itemsize, self.world) for bucket in self.buckets)
 
     def completion_bytes(self, rank: int, itemsize: int) -> int:
         """Bytes that a rank sends to complete the matrices which cross a shard edge.
@@ -163,40 +151,106 @@ class Plan:
         """
         return itemsize * sum(
             (len(matrix.holders) - 1) * part.length
-            for bucket in self.buckets
-            for matrix in bucket.matrices
+            for bucket, matrix in self._computed_by(rank)
             if matrix.cut
             for part in bucket.parts(rank, matrix)
         )
 
-    def newton_schulz_cost(self, rank: int) -> int:
-        """FLOPs of one Newton-Schulz iteration over every matrix the rank holds a piece of.
+    def team_bytes(self, rank: int, itemsize: int) -> int:
+        """Bytes that a rank sends to sum X X^T of its slices with its teams.
+
+        Args:
+            rank: the sending rank.
+            itemsize: bytes per element of the Newton-Schulz dtype.
+
+        Returns:
+            Bytes sent per step, the agreement on a scale included; 0 without teams.
+        """
+        sent = 0
+        for _, matrix in self._computed_by(rank):
+            if matrix.team:
+                own = even_parts(matrix.short**2, len(matrix.holders))[matrix.holders.index(rank)]
+                sent += matrix.rounds * itemsize * (matrix.short**2 - own + own * (len(matrix.holders) - 1))
+        for bucket in self.buckets:
+            teams = sum(matrix.team for matrix in bucket.matrices)
+            sent += ring_bytes(2 * STATE_ITEMSIZE * teams, self.world)
+        return sent
+
+    def newton_schulz_flops(self, rank: int) -> float:
+        """FLOPs that a rank spends on Newton-Schulz in a step.
 
         Args:
             rank: the rank.
 
         Returns:
-            FLOPs of one iteration.
+            FLOPs, two per multiply-add.
         """
-        return sum(matrix.cost for matrix in self.matrices if rank in matrix.holders)
+        return sum(matrix.work[matrix.holders.index(rank)] for _, matrix in self._computed_by(rank))
+
+    @cached_property
+    def flops_once(self) -> float:
+        """FLOPs of orthogonalizing every matrix of the model once, on one rank."""
+        costs = {(matrix.param, matrix.start): matrix.cost for matrix in self.matrices}
+        return sum(costs.values())
+
+    def state_bytes(self, rank: int, itemsize: int) -> int:
+        """Bytes of optimizer state on a rank.
+
+        Args:
+            rank: the rank.
+            itemsize: bytes per element of the parameters; below 4 they have float32 master weights.
+
+        Returns:
+            Bytes of first moments, of second moments of elementwise parameters, and of master weights.
+        """
+        held = self.shard_numel(rank) * (2 if itemsize < STATE_ITEMSIZE else 1)
+        pieces = (piece for bucket in self.buckets for piece in bucket.pieces[rank])
+        return STATE_ITEMSIZE * (held + sum(p.length for p in pieces if self.params[p.param].kind == "adamw"))
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over parameters and placement; equal on all ranks or nothing works."""
         content: dict[str, Any] = {
             "policy": self.policy,
+            "transport": self.transport,
             "world": self.world,
             "params": [asdict(spec) for spec in self.params],
         }
-        content["buckets"] = [[bucket.shard_numel, bucket.pieces] for bucket in self.buckets]
+        content["buckets"] = [[bucket.lengths, bucket.pieces] for bucket in self.buckets]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _computed_by(self, rank: int) -> Iterator[tuple[BucketPlan, Matrix]]:
+        """The matrices that a rank has a piece of, with their buckets."""
+        yield from self._by_rank.get(rank, ())
+
+    @cached_property
+    def _by_rank(self) -> dict[int, list[tuple[BucketPlan, Matrix]]]:
+        by_rank: dict[int, list[tuple[BucketPlan, Matrix]]] = {}
+        for bucket in self.buckets:
+            for matrix in bucket.matrices:
+                for rank in matrix.holders:
+                    by_rank.setdefault(rank, []).append((bucket, matrix))
+        return by_rank
+
+
+def ring_bytes(payload: int, world: int) -> int:
+    """Bytes that each rank of a ring sends to reduce-scatter or all-gather a payload.
+
+    Args:
+        payload: bytes of the full buffer.
+        world: number of ranks.
+
+    Returns:
+        (d - 1) / d of the payload, rounded down.
+    """
+    return payload * (world - 1) // world
 
 
 def overlap(piece: Piece, matrix: Matrix) -> tuple[int, int]:
-    """Part of a matrix that a piece holds.
+    """Part of a matrix that a consecutive piece holds.
 
     Args:
-        piece: a run of one parameter's elements.
+        piece: elements of one parameter.
         matrix: a matrix of a parameter.
 
     Returns:
@@ -205,73 +259,4 @@ def overlap(piece: Piece, matrix: Matrix) -> tuple[int, int]:
     if piece.param != matrix.param:
         return 0, 0
     start = max(piece.start, matrix.start)
-    return start, max(0, min(piece.end, matrix.start + matrix.numel) - start)
-
-
-def make_plan(params: Sequence[ParamSpec], world: int, policy: Policy, bucket_numel: int) -> Plan:
-    """Place parameters on ranks.
-
-    Args:
-        params: parameters in the order of the forward pass; buckets are formed from its end.
-        world: number of ranks d, at least 1.
-        policy: "flat" cuts the concatenated parameters into d equal shards; "balanced" keeps matrices whole, spreads
-            their Newton-Schulz cost, and fills every shard to the same length with elementwise parameters.
-        bucket_numel: elements after which a bucket is closed.
-
-    Returns:
-        The plan. Padding is less than d elements per bucket. ``balanced`` cuts a matrix only where its greedy placement
-        finds no equal shards of whole ones, even with everything in one bucket.
-
-    Raises:
-        ConfigError: unknown policy, or no ranks.
-    """
-    if world < 1:
-        raise ConfigError(f"world = {world} is not legal: a plan needs at least 1 rank.")
-    if policy not in ("balanced", "flat"):
-        raise ConfigError(f'policy = {policy!r} is not legal: use "balanced" or "flat".')
-    runs = [_runs(index, spec) for index, spec in enumerate(params)]
-    place = place_balanced if policy == "balanced" else place_flat
-    buckets = tuple(
-        _bucket(pieces, shard_numel, params) for pieces, shard_numel in place(runs[::-1], world, bucket_numel)
-    )
-    return Plan(policy=policy, world=world, params=tuple(params), buckets=buckets)
-
-
-def split_matrices(index: int, spec: ParamSpec) -> list[Matrix]:
-    """List the matrices of a parameter.
-
-    Args:
-        index: position of the parameter in the plan.
-        spec: the parameter.
-
-    Returns:
-        E matrices for a Muon parameter [E, A, B], one for [A, B], none for an elementwise parameter.
-    """
-    if spec.kind != "muon" or spec.numel == 0:
-        return []
-    rows, cols = spec.shape[-2:]
-    return [Matrix(index, number * rows * cols, rows, cols) for number in range(spec.matrices)]
-
-
-def _runs(index: int, spec: ParamSpec) -> list[Run]:
-    matrices = split_matrices(index, spec)
-    if matrices:
-        return [Run(index, matrix.start, matrix.numel, matrix.cost) for matrix in matrices]
-    return [Run(index, 0, spec.numel, 0)] if spec.numel else []
-
-
-def _bucket(pieces: list[list[Piece]], shard_numel: int, params: Sequence[ParamSpec]) -> BucketPlan:
-    holders: dict[Matrix, list[int]] = {}
-    by_param: dict[int, list[Matrix]] = {}
-    for rank, shard in enumerate(pieces):
-        for piece in shard:
-            if piece.param not in by_param:
-                by_param[piece.param] = split_matrices(piece.param, params[piece.param])
-            for matrix in by_param[piece.param]:
-                if overlap(piece, matrix)[1]:
-                    ranks = holders.setdefault(matrix, [])
-                    if not ranks or ranks[-1] != rank:
-                        ranks.append(rank)
-    found = sorted(holders.items(), key=lambda item: (item[0].param, item[0].start))
-    matrices = tuple(replace(matrix, holders=tuple(ranks)) for matrix, ranks in found)
-    return BucketPlan(shard_numel, tuple(tuple(shard) for shard in pieces), matrices)
+    return start, max(0, min(piece.end, matrix.end) - start)

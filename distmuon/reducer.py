@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from distmuon.blocks import sum_of_squares
 from distmuon.bucket import BoundParam, Bucket
 from distmuon.comm import Group, Pending
 from distmuon.errors import ParameterError, SynchronizationError
@@ -58,11 +59,13 @@ class Reducer:
         self,
         reduce_dtype: torch.dtype,
         launch_in_backward: Callable[[], bool],
+        is_stale: Callable[[Tensor], bool],
         accumulate_in_buckets: bool = False,
     ) -> None:
         self.reductions: list[BucketReduction] = []
         self._reduce_dtype = reduce_dtype
         self._launch_in_backward = launch_in_backward
+        self._is_stale = is_stale
         self._accumulate = accumulate_in_buckets
         self._next = 0
         self._begun = False
@@ -116,7 +119,7 @@ class Reducer:
         total = torch.zeros((), dtype=torch.float64, device=device)
         for reduction in self.reductions:
             if reduction.mean is not None:
-                total += reduction.mean.double().square().sum().to(device)
+                total += sum_of_squares(reduction.mean).to(device)
         return total
 
     def reset(self) -> None:
@@ -154,13 +157,19 @@ class Reducer:
             places: reductions with elements of the parameter, and its index there.
 
         Raises:
-            SynchronizationError: the parameter was already reduced in this step.
+            SynchronizationError: the parameter was already reduced in this step, or its last update had not arrived
+                when the model read it.
             ParameterError: the gradient is sparse.
         """
         if any(reduction.launched for reduction, _ in places):
             raise SynchronizationError(
                 f'a gradient of "{param.name}" arrived after it was reduced; run every backward but the last '
                 "before step() inside `with optimizer.no_sync():`, or give the gradients up with optimizer.zero_grad()."
+            )
+        if self._is_stale(tensor):
+            raise SynchronizationError(
+                f'"{param.name}" was used before its all-gather was waited for, since no module that owns it was '
+                "called; call optimizer.finish_gathers() before such a use, or leave optimizer.overlap_forward out."
             )
         if tensor.grad is not None and tensor.grad.layout != torch.strided:
             raise ParameterError(
@@ -178,8 +187,7 @@ class Reducer:
         """Move a 16-bit gradient into the wider accumulation buffers and release it."""
         for reduction, index in places:
             if reduction.accumulated is None:
-                numel = reduction.bucket.world * reduction.bucket.plan.shard_numel
-                reduction.accumulated = tensor.new_zeros(numel, dtype=torch.float32)
+                reduction.accumulated = tensor.new_zeros(reduction.bucket.plan.numel, dtype=torch.float32)
             reduction.bucket.accumulate_grad(index, reduction.accumulated)
         tensor.grad = None
 
@@ -196,7 +204,8 @@ class Reducer:
                 # Gradients that came by assignment, past the hooks.
                 for index in reduction.bucket.plan.params:
                     reduction.bucket.accumulate_grad(index, full)
-            reduction.pending = reduction.group.reduce_scatter(full.to(self._reduce_dtype))
+            full = full.to(self._reduce_dtype)
+            reduction.pending = reduction.group.reduce_scatter(full, reduction.bucket.plan.lengths)
             reduction.accumulated = None
             reduction.marks = reduction.bucket.grad_marks()
             self._next += 1

@@ -10,8 +10,9 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
+from distmuon.bricks import Kind
 from distmuon.errors import ConfigError
-from distmuon.plan import Kind
+from distmuon.splits import Split, check_patterns, find_split
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def param_groups(
     router: Kind = "muon",
     overrides: Mapping[str, Kind] | None = None,
     head: nn.Module | None = None,
+    splits: Mapping[str, Split] | None = None,
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters into a Muon group and an AdamW group.
 
@@ -58,22 +60,32 @@ def param_groups(
         router: rule for the gates of mixture-of-experts layers; the papers use Muon.
         overrides: shell-style patterns of parameter names, each with the kind that its matches get.
         head: the LM head, where it cannot be found as above.
+        splits: patterns of the names of parameters that are several matrices on top of each other, each with their
+            number, or with the rows of each: ``{"*.qkv.weight": 3}``, ``{"*.gate_up": [1024, 1024]}``.
 
     Returns:
-        Groups for DistMuon or Muon: "params" as (name, parameter) pairs, "kind", and "positions" in the model.
+        Groups for DistMuon or Muon: "params" as (name, parameter) pairs, "kind", "positions" in the model, and "split"
+        where parameters are split.
 
     Raises:
         ConfigError: an option is not legal, or no matrix is left for Muon and none was overridden.
     """
     table = routes(model, router, overrides, head)
     parameters = dict(model.named_parameters())
-    groups = []
-    kinds: tuple[Kind, ...] = ("muon", "adamw")
-    for kind in kinds:
-        chosen = [(position, route) for position, route in enumerate(table) if route.kind == kind]
-        if chosen:
-            members = [(route.name, parameters[route.name]) for _, route in chosen]
-            groups.append({"params": members, "kind": kind, "positions": [position for position, _ in chosen]})
+    check_patterns(splits, [route.name for route in table if route.kind == "muon"])
+    members: dict[tuple[str, Split | None], list[tuple[int, str]]] = {}
+    for position, route in enumerate(table):
+        split = find_split(route.name, splits) if route.kind == "muon" else None
+        members.setdefault((route.kind, split if split is None or isinstance(split, int) else tuple(split)), []).append(
+            (position, route.name)
+        )
+    groups: list[dict[str, Any]] = []
+    # Muon's groups first, frozen parameters in none.
+    for (kind, split), chosen in sorted(members.items(), key=lambda item: item[0][0], reverse=True):
+        if kind != "frozen":
+            params = [(name, parameters[name]) for _, name in chosen]
+            group = {"params": params, "kind": kind, "positions": [position for position, _ in chosen]}
+            groups.append(group if split is None else {**group, "split": split})
     if not overrides and not any(group["kind"] == "muon" for group in groups):
         raise ConfigError(
             "the model has no hidden matrix for Muon; build the optimizer before anything flattens its parameters, "

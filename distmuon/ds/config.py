@@ -10,7 +10,6 @@ import torch
 
 from distmuon.config import PlacementSettings, parse
 from distmuon.errors import ConfigError
-from distmuon.plan import Kind
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +39,10 @@ class JsonParams(PlacementSettings):
 
     router: Literal["muon", "adamw"] = "muon"
     """Rule for the gates of mixture-of-experts layers; the papers use Muon."""
+    splits: dict[str, int | list[int]] = {}
+    """Patterns of parameters that are several matrices on top of each other: their number, or the rows of each."""
+    overlap_forward: bool = False
+    """Whether all-gathers go on while the next forward begins."""
 
 
 def is_distmuon(name: object) -> bool:
@@ -67,14 +70,14 @@ def normalize(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "optimizer": {"type": short}} if is_distmuon(short) else dict(config)
 
 
-def read_params(engine: Any) -> tuple[dict[str, Any], Kind]:
+def read_params(engine: Any) -> tuple[dict[str, Any], JsonParams]:
     """Check the ``optimizer.params`` table and add what DeepSpeed keeps elsewhere.
 
     Args:
         engine: the DeepSpeedEngine under construction.
 
     Returns:
-        Keyword arguments for DistMuon, and the rule for routers.
+        Keyword arguments for DistMuon, and the table.
 
     Raises:
         ConfigError: a key is unknown, out of range, or belongs elsewhere in the configuration.
@@ -88,7 +91,7 @@ def read_params(engine: Any) -> tuple[dict[str, Any], Kind]:
     values = {name: getattr(params, name) for name in PlacementSettings.model_fields}
     values["reduce_dtype"] = engine.communication_data_type
     values["grad_accum_dtype"] = accumulation if accumulation != model_dtype else None
-    return values, params.router
+    return values, params
 
 
 def check_engine(engine: Any) -> None:

@@ -53,9 +53,13 @@ def _configure_basic_optimizer(wrapped: Wrapped, engine: Any, args: Args, kwargs
     from distmuon.ds.optimizer import ZeroDistMuon
 
     config.check_engine(engine)
-    settings, router = config.read_params(engine)
+    settings, table = config.read_params(engine)
     (model_parameters,) = args
-    return ZeroDistMuon(engine, groups.to_param_groups(engine.module, model_parameters, router), **settings)
+    param_groups = groups.to_param_groups(engine.module, model_parameters, table.router, table.splits)
+    optimizer = ZeroDistMuon(engine, param_groups, **settings)
+    if table.overlap_forward:
+        optimizer.overlap_forward(engine.module)
+    return optimizer
 
 
 def _do_optimizer_sanity_check(wrapped: Wrapped, engine: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -84,10 +84,14 @@ class OptimizerConfig(Strict):
     """Largest global norm of the raw gradients; 0 does not clip."""
     router: Literal["muon", "adamw"] = "muon"
     """Rule for the experts' routers."""
-    policy: Literal["balanced", "flat"] = "balanced"
-    """Placement of the shards."""
-    bucket_mb: float = Field(default=25.0, gt=0)
-    """Size of a reduce-scatter in MB."""
+    policy: Literal["balanced", "flat", "team"] = "balanced"
+    """Placement: whole matrices, ZeRO-1's equal contiguous shards, or teams that share large matrices."""
+    transport: Literal["auto", "scatter", "owner"] = "auto"
+    """Equal shards in every bucket, unequal ones in smaller buckets, or what overlaps more."""
+    bucket_mb: float | None = Field(default=None, gt=0)
+    """Least size of a reduce-scatter in MB; None means 25, or 10^6 elements a rank if that is more."""
+    overlap_forward: bool = False
+    """Whether parameters are gathered while the next forward begins."""
     ns: NewtonSchulz = NewtonSchulz()
     """Newton-Schulz settings."""
 
@@ -152,6 +156,10 @@ class RunConfig(Strict):
     """"auto" continues the run of this name from its newest checkpoint, if it has been started."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of weights and data order."""
+    trace: bool = False
+    """Whether to write a timeline of some updates as trace.json, for chrome://tracing and Perfetto."""
+    trace_steps: int = Field(default=3, ge=1)
+    """Updates in the timeline, from the second of this start on."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -87,7 +87,9 @@ def deepspeed_config(run: RunConfig, world: int) -> dict[str, Any]:
             "adamw_betas": [o.beta1, o.beta2],
             "adamw_eps": o.eps,
             "policy": o.policy,
+            "transport": o.transport,
             "bucket_mb": o.bucket_mb,
+            "overlap_forward": o.overlap_forward,
             "ns": o.ns.model_dump(),
             "router": o.router,
         }

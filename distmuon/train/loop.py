@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from distmuon.train.metrics import (
 from distmuon.train.preemption import StopRequest
 from distmuon.train.progress import Progress
 from distmuon.train.provenance import environment, routing_summary
+from distmuon.train.trace import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -88,11 +90,18 @@ class Trainer:
         """
         run = self.run
         self.first = self.done
+        self.tracer = Tracer(run, self.done, self.dist_muon.clock if self.dist_muon else None)
         self._record_start()
-        with Progress(run.schedule.updates, initial=self.done, enabled=self.rank == 0) as progress:
+        progress = Progress(run.schedule.updates, initial=self.done, enabled=self.rank == 0)
+        with progress, closing(self.tracer):
             while self.done < run.schedule.updates:
+                self.tracer.begin(self.done + 1)
                 record, stopping = self._update(stop.received)
                 progress.update(self.done, record.loss, record.tokens_per_s)
+                traced = self.tracer.end(self.done, stopping)
+                if traced and self.metrics:
+                    self.metrics.write(traced)
+                    progress.note(f"timeline of updates {traced.first} to {traced.last}: {self.tracer.path}")
                 if self.done % run.evaluation.every == 0 and self.done < run.schedule.updates:
                     score = self._evaluate()
                     progress.note(f"update {self.done}: validation loss {score.loss:.4f}")
@@ -117,10 +126,12 @@ class Trainer:
         """One optimizer update; also whether any rank wants to stop."""
         start = time.perf_counter()
         lr = self.engine.get_lr()[self.largest_group]
-        totals = self._forward_backward(stop)
+        with self.tracer.span("update", update=self.done + 1):
+            totals = self._forward_backward(stop)
         self.done += 1
         seconds = time.perf_counter() - start
         skipped = bool(getattr(self.engine.optimizer, "overflow", False))
+        exposed = self.dist_muon.clock.waited if self.dist_muon and self.world > 1 else None
         split = self.dist_muon.clock.clear() if self.dist_muon else {}
         record = StepRecord(
             step=self.done,
@@ -132,6 +143,7 @@ class Trainer:
             tokens_per_s=self.tokens_per_update / seconds,
             seconds=seconds,
             split={"forward_backward": seconds - sum(split.values()), **split},
+            exposed_seconds=exposed,
             skipped=skipped,
             expert_load_max_over_mean=totals.load_max_over_mean,
         )
@@ -148,15 +160,19 @@ class Trainer:
         counts_LE = torch.zeros(
             self.run.model.layers, self.run.model.experts, dtype=torch.float64, device=self.engine.device
         )
-        for micro in mine:
-            x_BT, y_BT = gather(self.data.train, micro, self.run.model.context)
-            output = self.engine(x_BT.to(self.engine.device), y_BT.to(self.engine.device))
-            self.engine.backward(output.objective)
-            self.engine.step()
+        for number, micro in enumerate(mine):
+            with self.tracer.span("forward", micro_batch=number):
+                x_BT, y_BT = gather(self.data.train, micro, self.run.model.context)
+                output = self.engine(x_BT.to(self.engine.device), y_BT.to(self.engine.device))
+            with self.tracer.span("backward", micro_batch=number):
+                self.engine.backward(output.objective)
+            with self.tracer.span("step", micro_batch=number):
+                self.engine.step()
             losses += torch.stack([output.loss, output.aux_loss]) / (self.accumulation * self.world)
             counts_LE += output.expert_counts_LE
         sums = torch.cat([losses, losses.new_tensor([float(stop)]), counts_LE.flatten()])
-        dist.all_reduce(sums)
+        with self.tracer.span("share_metrics"):
+            dist.all_reduce(sums)
         counts_LE = sums[3:].view_as(counts_LE)
         load = (counts_LE.amax(1) / counts_LE.mean(1)).max()
         return Totals(float(sums[0]), float(sums[1]), float(load), stop=bool(sums[2] > 0))

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from distmuon.errors import ConfigError, DataError
 
 FILE_NAME = "metrics.jsonl"
+TRACE_NAME = "trace.json"
 
 # NaN and infinity are not JSON and are written as null, so null in a field that must be a number means NaN.
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
@@ -65,7 +66,10 @@ class RunRecord(_Record):
 
 
 class StepRecord(_Record):
-    """One optimizer step; ``tokens`` is cumulative, ``seconds`` and ``split`` are wall time of this step."""
+    """One optimizer step; ``tokens`` is cumulative, ``seconds`` and ``split`` are wall time of this step.
+
+    ``exposed_seconds`` are those of ``seconds`` in which the host waited for a collective of the optimizer.
+    """
 
     type: Literal["step"] = "step"
     step: int
@@ -77,6 +81,7 @@ class StepRecord(_Record):
     tokens_per_s: Number
     seconds: Number
     split: dict[str, Number] = {}
+    exposed_seconds: float | None = None
     update_rms: float | None = None
     skipped: bool = False
     expert_load_max_over_mean: float | None = None
@@ -91,6 +96,24 @@ class EvalRecord(_Record):
     accuracy: Number
     bits_per_byte: float | None = None
     sequences: int
+
+
+class RankOverlap(_Record):
+    """Seconds of one rank's timeline with a collective under way, and how many of them were hidden or exposed."""
+
+    communication_s: Number
+    hidden_s: Number
+    exposed_s: Number
+
+
+class TraceRecord(_Record):
+    """A timeline of the steps ``first`` to ``last`` was written; ``dropped`` spans did not fit in."""
+
+    type: Literal["trace"] = "trace"
+    first: int
+    last: int
+    ranks: list[RankOverlap]
+    dropped: int = 0
 
 
 class FinalRecord(_Record):
@@ -115,7 +138,7 @@ class ErrorRecord(_Record):
     message: str
 
 
-Record = RunRecord | StepRecord | EvalRecord | FinalRecord | ErrorRecord
+Record = RunRecord | StepRecord | EvalRecord | TraceRecord | FinalRecord | ErrorRecord
 _RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="type")])
 _MALFORMED = (ValueError, TypeError)  # TypeError: "nonfinite" is not a list of names
 
@@ -127,6 +150,8 @@ class Metrics:
     run: RunRecord | None = None
     steps: dict[int, StepRecord] = field(default_factory=dict)
     evals: dict[int, EvalRecord] = field(default_factory=dict)
+    trace: TraceRecord | None = None
+    """The newest timeline."""
     final: FinalRecord | None = None
     failure: ErrorRecord | None = None
     """The error that ended the run, unless it was resumed afterwards."""
@@ -143,6 +168,8 @@ class Metrics:
             self.steps[record.step] = record
         elif isinstance(record, EvalRecord):
             self.evals[record.step] = record
+        elif isinstance(record, TraceRecord):
+            self.trace = record
         elif isinstance(record, FinalRecord):
             self.final = record
         else:

@@ -10,7 +10,10 @@ from distmuon.train.config import RunConfig
 from distmuon.train.metrics import FILE_NAME, read_metrics
 
 # What may differ between the parts of a run; anything else would change what its curve means.
-_MAY_DIFFER = {"name", "out", "resume", "checkpoint.every", "checkpoint.keep", "evaluation.every", "data.cache_dir"}
+_MAY_DIFFER = {
+    *("name", "out", "resume", "trace", "trace_steps"),
+    *("checkpoint.every", "checkpoint.keep", "evaluation.every", "data.cache_dir"),
+}
 
 
 class Previous(NamedTuple):

@@ -58,7 +58,7 @@ TABLES: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown": ({"momentun": 0.9}, '"momentun"', 'did you mean "momentum"?'),
     "unknown nested": ({"ns": {"step": 5}}, '"ns.step"', 'did you mean "steps"?'),
     "of stock Muon": ({"ns_method": "gram"}, '"ns_method"', "legal keys are"),
-    "policy": ({"policy": "even"}, "'even'", "'balanced' or 'flat'"),
+    "policy": ({"policy": "even"}, "'even'", "'balanced', 'flat' or 'team'"),
     "lr": ({"lr": -1.0}, '"lr" = -1.0', "greater than or equal to 0"),
     "lr text": ({"lr": "1e-3"}, "\"lr\" = '1e-3'", "valid number"),
     "momentum": ({"momentum": 1.0}, '"momentum" = 1.0', "less than 1"),

@@ -36,7 +36,7 @@ def traced(rank: int, world: int, group: Any, settings: Any, ep: int | None) -> 
     optimizer, distmuon = engine.optimizer, hasattr(engine.optimizer, "traffic")
     if distmuon:
         optimizer.traffic.reset()
-    with Recorder() as recorder, count_orthogonalized() as batches:
+    with Recorder() as recorder, recorder.families(), count_orthogonalized() as batches:
         # The embedding's gradient is the last one of a backward pass.
         engine.module.embed.weight.register_hook(
             lambda gradient: before_embedding.append(len(recorder.select("reduce_scatter")))

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from distmuon.comm import Group
 
 _NAMES = ("allreduce", "reduce_scatter", "allgather", "alltoall", "broadcast", "reduce", "barrier")
 
@@ -46,6 +49,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self._phase = ""
+        self._family = ""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -55,6 +59,24 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self._phase = ""
+
+    @contextmanager
+    def families(self) -> Iterator[None]:
+        """Name DistMuon's own calls by what they do: on gloo, a reduce-scatter is an all-to-all and a sum."""
+        with pytest.MonkeyPatch.context() as patch:
+            for method, family in (("reduce_scatter", "reduce_scatter"), ("all_gather", "allgather")):
+                patch.setattr(Group, method, self._named(getattr(Group, method), family))
+            yield
+
+    def _named(self, issue: Any, family: str) -> Any:
+        def named(*args: Any) -> Any:
+            self._family = family
+            try:
+                return issue(*args)
+            finally:
+                self._family = ""
+
+        return named
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -74,7 +96,7 @@ class Recorder(TorchDispatchMode):
         tensors = [t for t in tensors if isinstance(t, Tensor)]
         if world > 1 and tensors:
             largest = max(tensors, key=lambda t: t.numel())
-            name = next((name for name in _NAMES if op.strip("_").startswith(name)), op)
+            name = self._family or next((name for name in _NAMES if op.strip("_").startswith(name)), op)
             self.calls.append(
                 Call(self._phase, name, world, largest.numel(), str(largest.dtype).removeprefix("torch."))
             )

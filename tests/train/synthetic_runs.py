@@ -26,6 +26,8 @@ def write_run(
     tokens_per_step: int = 100,
     wire: float = 1000.0,
     skipped: tuple[int, ...] = (),
+    exposed: float | None = None,
+    trace: dict[str, Any] | None = None,
 ) -> Path:
     """A metrics file with one step per loss; ``end`` replaces the final record."""
     steps = len(losses)
@@ -33,6 +35,11 @@ def write_run(
     records += [one_step(step, loss, tokens_per_step, step in skipped) for step, loss in enumerate(losses, start=1)]
     for step, loss in (evals or {}).items():
         records.append({"type": "eval", "step": step, "loss": loss, "accuracy": 0.25, "sequences": 8})
+    if exposed is not None:
+        records[1:] = [{**record, "exposed_seconds": exposed} for record in records[1 : 1 + steps]] + records[
+            1 + steps :
+        ]
+    records += [trace] if trace else []
     final = finish(steps, (evals or {}).get(steps, 2.0), tokens_per_step, wire)
     records += [final] if end is None else [end] if end else []
     path.mkdir()

@@ -100,10 +100,12 @@ def test_overrides_reach_the_run(started: list[tuple[RunConfig, int]], monkeypat
     monkeypatch.setenv("LOCAL_RANK", "3")
     flags = "--name other --seed 5 --schedule.updates 7 --optimizer.lr 0.5 --optimizer.no-nesterov --model.top-k 1"
     flags += " --optimizer.ns.dtype float32 --precision.parameters bfloat16 --data.max-docs None --resume auto"
+    flags += " --trace --trace-steps 5"
     assert main(["train", DEBUG, *flags.split()]) == 0
     ((run, local_rank),) = started
     file = load_run(Path(DEBUG))
     assert (run.name, run.seed, run.resume, local_rank) == ("other", 5, "auto", 3)
+    assert (file.trace, run.trace, run.trace_steps) == (False, True, 5)
     assert run.schedule == file.schedule.model_copy(update={"updates": 7})
     assert (run.optimizer.lr, run.optimizer.nesterov, run.optimizer.ns.dtype) == (0.5, False, "float32")
     assert run.optimizer.embedding_lr == file.optimizer.embedding_lr

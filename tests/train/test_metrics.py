@@ -15,8 +15,10 @@ from distmuon.train.metrics import (
     FinalRecord,
     MetricsWriter,
     OptimizerInfo,
+    RankOverlap,
     RunRecord,
     StepRecord,
+    TraceRecord,
     read_metrics,
 )
 from distmuon.train.progress import Progress
@@ -247,3 +249,17 @@ def test_progress_of_the_other_ranks_is_silent(stream: io.StringIO) -> None:
         progress.update(2, 2.5, 100.0)
         progress.note("validation")
     assert stream.getvalue() == ""
+
+
+def test_timelines_and_waits_are_read_back_and_may_be_missing(tmp_path: Path) -> None:
+    ranks = [RankOverlap(communication_s=2.0, hidden_s=1.5, exposed_s=0.5)]
+    traces = [TraceRecord(first=first, last=first + 2, ranks=ranks) for first in (2, 9)]
+    with MetricsWriter(tmp_path) as writer:
+        for record in (run_record(), step_record(1), traces[0], step_record(2, exposed_seconds=0.25), traces[1]):
+            writer.write(record)
+    metrics = read_metrics(tmp_path)
+    assert [record.exposed_seconds for record in metrics.steps.values()] == [None, 0.25]
+    assert metrics.trace == traces[1]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace(', "exposed_seconds": null', ""))
+    assert read_metrics(tmp_path).steps == metrics.steps

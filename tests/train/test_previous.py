@@ -64,7 +64,7 @@ def test_another_configuration_is_refused(tmp_path: Path, changes: dict[str, Any
 def test_what_may_differ(tmp_path: Path) -> None:
     earlier(tmp_path)
     changes = {"checkpoint": {"every": 1, "keep": 9}, "evaluation": {"every": 2}}
-    assert find_previous(run(tmp_path, **changes)).complete
+    assert find_previous(run(tmp_path, **changes, trace=True, trace_steps=7)).complete
 
 
 def test_an_unreadable_record_is_named(tmp_path: Path) -> None:

@@ -251,3 +251,46 @@ def test_png_in_the_page_is_the_file(muon: Path) -> None:
     encoded = re.findall(r'src="data:image/png;base64,([^"]+)"', html)[0]
     assert base64.b64decode(encoded) == (muon / "loss.png").read_bytes()
     assert Image.open(io.BytesIO(base64.b64decode(encoded))).format == "PNG"
+
+
+TRACE = {
+    "type": "trace",
+    "first": 2,
+    "last": 3,
+    "ranks": [
+        {"communication_s": 0.4, "hidden_s": 0.3, "exposed_s": 0.1},
+        {"communication_s": 0.2, "hidden_s": 0.0, "exposed_s": 0.2},
+    ],
+}
+
+
+def test_exposed_communication(tmp_path: Path, adamw: Path) -> None:
+    run = write_run(tmp_path / "w", "waits", [3.0] * 20, exposed=0.05)
+    page = render(run, adamw)
+    at = page.rows.index(["run", "exposed per step", "share of the step"])
+    assert page.rows[at + 1 : at + 3] == [["waits", "50.00 ms", "20.0 %"], ["run", *page.rows[at + 2][1:]]]
+    assert Image.open(run / "loss.png").size == (1280, 1500)
+    lines = summary_lines(run, [adamw])
+    assert lines[2] == "exposed communication  waits      50.00 ms a step, 20.0 % of it"
+    assert not any(line.startswith("timeline") for line in lines)
+
+
+def test_a_timeline_says_what_was_hidden(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "t", "traced", [3.0] * 20, exposed=0.05, trace=TRACE)
+    page = render(run)
+    assert ["traced", "steps 2 to 3", "0", "200 ms", "150 ms", "50.00 ms", "75.0 %"] in page.rows
+    assert ["traced", "steps 2 to 3", "1", "100 ms", "0.00 ms", "100 ms", "0.0 %"] in page.rows
+    assert ["traced", "steps 2 to 3", "all", "", "", "", "50.0 %"] in page.rows
+    lines = summary_lines(run)
+    assert lines[1] == "exposed communication  traced  50.00 ms a step, 20.0 % of it; 50.0 % of communication hidden"
+    assert lines[-1] == f"timeline: {run / 'trace.json'}"
+
+
+def test_a_timeline_without_communication(tmp_path: Path) -> None:
+    ranks = [{"communication_s": 0.0, "hidden_s": 0.0, "exposed_s": 0.0}]
+    run = write_run(tmp_path / "t", "single", [3.0] * 20, trace={**TRACE, "ranks": ranks})
+    assert "a run on one rank and a stock optimizer have none" in render(run).text
+    assert [line for line in summary_lines(run) if "exposed" in line] == []
+    run = write_run(tmp_path / "u", "quiet", [3.0] * 20, exposed=0.0, trace={**TRACE, "ranks": ranks})
+    assert ["quiet", "0.00 ms", "0.0 %"] in render(run).rows
+    assert "hidden" not in "\n".join(summary_lines(run))

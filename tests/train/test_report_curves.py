@@ -66,3 +66,15 @@ def test_formats() -> None:
     assert (number(None), number(math.inf), number(1234.5, 1)) == ("-", "not finite", "1,234.5")
     assert (percent(None), percent(0.123)) == ("-", "12.3 %")
     assert tag("td", "<&", class_='"') == '<td class="&quot;">&lt;&amp;</td>'
+
+
+def test_exposed_communication_is_drawn_in_percent_of_the_step(tmp_path: Path) -> None:
+    without = write_run(tmp_path / "w", "without", [3.0] * 20)
+    exposed = write_run(tmp_path / "e", "exposed", [3.0] * 20, exposed=0.05)
+    assert len(figure(load_runs(without), LIGHT).axes) == 3
+    axes = figure(load_runs(without, [exposed]), LIGHT).axes[3]
+    assert axes.get_ylabel() == "exposed\ncomm. (%)"
+    heights = [np.asarray(line.get_ydata()) for line in axes.lines if len(np.asarray(line.get_ydata()))]
+    assert len(heights) == 2, "a curve and its smoothed one, of one run"
+    assert max(h.max() for h in heights) == 20.0
+    assert axes.get_ylim()[0] == 0.0

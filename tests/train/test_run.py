@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +44,7 @@ def several(site: Site) -> Done:
         ("bf16", "--precision.parameters bfloat16"),
         ("router", "--optimizer.router adamw --model.no-tie-embeddings --model.expert silu --optimizer.policy flat"),
         ("doomed", "--optimizer.lr 1e30 --precision.autocast off --schedule.warmup 0 --schedule.updates 40"),
-        ("stopped", ""),
+        ("stopped", "--trace --trace-steps 50"),
         ("stopped", ""),
         ("stopped", "--resume auto"),
         ("stopped", "--resume auto"),
@@ -57,10 +59,11 @@ def close(losses: list[float], others: list[float]) -> bool:
     return len(losses) == len(others) and max(abs(a - b) for a, b in zip(losses, others, strict=True)) < TOLERANCE
 
 
-def check_files(site: Site, name: str) -> None:
+def check_files(site: Site, name: str, *others: str) -> None:
     """Metrics, curve, report, and the two newest checkpoints."""
     directory = site.path / "runs" / name
-    assert {path.name for path in directory.iterdir()} == {"metrics.jsonl", "loss.png", "report.html", "checkpoints"}
+    expected = {"metrics.jsonl", "loss.png", "report.html", "checkpoints", *others}
+    assert {path.name for path in directory.iterdir()} == expected
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
     html = (directory / "report.html").read_text()
     assert name in html
@@ -104,9 +107,9 @@ def test_learning_rates_are_those_of_the_schedule(site: Site, alone: list[float]
     assert 2e-3 <= rates[-1] < 4e-3
 
 
-def check_two_ranks(site: Site, name: str, done: Done, alone: list[float]) -> None:
+def check_two_ranks(site: Site, name: str, done: Done, alone: list[float], *others: str) -> None:
     assert done.returncode == 0, done.err
-    check_files(site, name)
+    check_files(site, name, *others)
     check_metrics(site.metrics(name), 2)
     assert close(site.losses(name), alone)
     one, two = site.metrics("alone"), site.metrics(name)
@@ -128,9 +131,43 @@ def test_deepspeed_launcher(site: Site, alone: list[float]) -> None:
     check_two_ranks(site, "deepspeed", site.train("deepspeed", launcher), alone)
 
 
-def test_expert_parallel(site: Site, alone: list[float]) -> None:
-    done = site.train("experts", [*TORCHRUN, "-m", "distmuon"], "--model.ep-size 2")
-    check_two_ranks(site, "experts", done, alone)
+def test_expert_parallel_and_its_timeline(site: Site, alone: list[float]) -> None:
+    flags = "--model.ep-size 2 --trace --trace-steps 2"
+    done = site.train("experts", [*TORCHRUN, "-m", "distmuon"], flags)
+    check_two_ranks(site, "experts", done, alone, "trace.json")
+    assert done.out.splitlines()[-2] == "timeline: runs/experts/trace.json"
+    assert any(line.startswith("exposed communication") for line in done.out.splitlines())
+    spans = read_spans(site, "experts")
+    accumulation = 2
+    for rank in (0, 1):
+        mine = [span for span in spans if span["pid"] == rank]
+        names = [span["name"] for span in mine if span["cat"] == "compute"]
+        assert names.count("forward") == names.count("backward") == 2 * accumulation
+        assert {"guard", "momentum", "newton_schulz", "apply", "gather"} <= set(names)
+        assert [span["args"]["update"] for span in mine if span["name"] == "update"] == [2, 3]
+        collectives = [span for span in mine if span["cat"] == "communication"]
+        assert len(collectives) >= 2 * 3
+        assert all(span["args"]["bytes"] > 0 and "unfinished" not in span["args"] for span in collectives)
+        assert {span["name"] for span in mine if span["cat"] == "waiting"} <= {span["name"] for span in collectives}
+    check_exposed(site.metrics("experts"))
+
+
+def read_spans(site: Site, name: str) -> list[dict[str, Any]]:
+    events = json.loads((site.path / "runs" / name / "trace.json").read_text())["traceEvents"]
+    return [event for event in events if event["ph"] == "X"]
+
+
+def check_exposed(metrics: Metrics) -> None:
+    assert metrics.trace is not None
+    assert (metrics.trace.first, metrics.trace.last, metrics.trace.dropped) == (2, 3, 0)
+    for record in metrics.steps.values():
+        assert record.exposed_seconds is not None
+        assert 0 < record.exposed_seconds < record.seconds
+    waited = sum(metrics.steps[step].exposed_seconds or 0.0 for step in (2, 3))
+    exposed, communication = metrics.trace.ranks[0].exposed_s, metrics.trace.ranks[0].communication_s
+    assert exposed <= min(waited, communication)
+    # A wait is a few microseconds longer than the part of it in which the collective was under way.
+    assert exposed == pytest.approx(waited, abs=5e-3)
 
 
 @pytest.mark.usefixtures("several")
@@ -178,8 +215,12 @@ def test_sigterm_stops_after_a_checkpoint_and_resuming_goes_on(site: Site, sever
     assert site.losses("stopped") == alone
     assert several.out.count("refused: ") == 2
     assert "refused: runs/stopped already holds a run; continue it with --resume auto" in several.out
-    check_files(site, "stopped")
+    check_files(site, "stopped", "trace.json")
     check_metrics(metrics, 1)
+    # The timeline that was asked for ends with the part of the run that was stopped.
+    updates = [span["args"]["update"] for span in read_spans(site, "stopped") if span["name"] == "update"]
+    assert updates == [2, 3, 4, 5, 6, 7]
+    assert metrics.steps[2].exposed_seconds is None, "one rank waits for nobody"
 
 
 def test_failure_keeps_what_was_done_and_resuming_gives_the_same_losses(site: Site, alone: list[float]) -> None:

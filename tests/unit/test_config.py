@@ -100,8 +100,9 @@ RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("adamw_weight_decay", [None, 0.0], [-1.0]),
     ("max_grad_norm", [None, 1e-9, 5], [0.0, -1.0, float("inf")]),
     ("adamw_backend", ["auto", "torch", "apex"], ["cuda", None]),
-    ("policy", ["balanced", "flat"], ["zero", None]),
-    ("bucket_mb", [1e-6, 25, 4000.0], [0.0, -1.0]),
+    ("policy", ["balanced", "flat", "team"], ["zero", None]),
+    ("transport", ["auto", "scatter", "owner"], ["ring", None]),
+    ("bucket_mb", [None, 1e-6, 25, 4000.0], [0.0, -1.0]),
     ("reduce_dtype", ["float32", "bfloat16", torch.float32, torch.bfloat16], ["fp32", torch.float16, torch.float64]),
     ("grad_accum_dtype", [None, "float32", torch.float32], ["bfloat16", torch.bfloat16]),
     ("ns", [NewtonSchulz(), {"steps": 3}], [{"steps": 0}, 5, None]),
@@ -146,6 +147,27 @@ def test_every_setting_has_its_range_tested() -> None:
 )
 def test_newton_schulz(table: dict[str, Any], problem: str) -> None:
     assert sentence(NewtonSchulz, table, "ns") == f"ns: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        (
+            {"policy": "flat", "transport": "owner"},
+            'transport = "owner" does not go with policy = "flat"; use "scatter".',
+        ),
+        (
+            {"policy": "team", "transport": "scatter"},
+            'transport = "scatter" does not go with policy = "team"; use "owner".',
+        ),
+        (
+            {"policy": "team", "ns": {"dtype": "float16"}},
+            'policy = "team" does not support ns.dtype = "float16"; use "bfloat16".',
+        ),
+    ],
+)
+def test_placements_that_do_not_go_together(table: dict[str, Any], problem: str) -> None:
+    assert sentence(ShardSettings, table, "DistMuon") == f"DistMuon: {problem}"
 
 
 def test_nested_newton_schulz_key() -> None:

@@ -227,7 +227,7 @@ def test_arguments_are_those_of_distmuon() -> None:
         - set(ours)
         - {
             *("process_group", "policy", "reduce_dtype", "bucket_mb"),
-            *("adamw_backend", "grad_accum_dtype", "expert_groups"),
+            *("adamw_backend", "grad_accum_dtype", "expert_groups", "transport"),
         }
     )
 

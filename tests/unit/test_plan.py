@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from distmuon.errors import ConfigError
-from distmuon.plan import Matrix, ParamSpec, Plan, make_plan, overlap, split_matrices
+from distmuon.bricks import Matrix, ParamSpec, split_matrices
+from distmuon.ns_settings import NewtonSchulz
+from distmuon.plan import Plan, overlap
+from distmuon.planner import make_plan
 
 REPO = Path(__file__).resolve().parents[2]
 SPECS = [
@@ -21,14 +24,15 @@ SPECS = [
     ParamSpec("gain", (7,), "adamw"),
 ]
 DIGEST = """
-from distmuon.plan import ParamSpec, make_plan
+from distmuon.bricks import ParamSpec
+from distmuon.planner import make_plan
 specs = [ParamSpec("a", (12, 4), "adamw"), ParamSpec("b", (3, 4, 5), "muon"), ParamSpec("c", (7,), "adamw")]
 print(make_plan(specs, 3, "balanced", 40).digest)
 """
 
 
 def plan(specs: list[ParamSpec] = SPECS, world: int = 2, policy: Any = "flat", bucket: int = 50) -> Plan:
-    return make_plan(specs, world, policy, bucket)
+    return make_plan(specs, world, policy, bucket, "scatter" if policy == "balanced" else "auto")
 
 
 @pytest.mark.parametrize(
@@ -52,9 +56,10 @@ def test_matrices_of_a_parameter(
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(3, 7), (7, 3)])
-def test_cost_counts_the_three_products_of_an_iteration(rows: int, cols: int) -> None:
-    # XX^T and the last product: 2 * 3 * 3 * 7 each; A^2: 2 * 3 * 3 * 3.
-    assert Matrix(0, 0, rows, cols).cost == 2 * (2 * 3 * 3 * 7) + 2 * 27
+def test_cost_counts_the_products_of_all_steps(rows: int, cols: int) -> None:
+    # XX^T and the last product: 2 * 3 * 3 * 7 each; the square of XX^T: 2 * 3 * 3 * 3.
+    made = make_plan([ParamSpec("w", (rows, cols), "muon")], 1, ns=NewtonSchulz(form="plain"))
+    assert made.matrices[0].cost == made.flops_once == 5 * (2 * (2 * 3 * 3 * 7) + 2 * 27)
 
 
 def test_overlap() -> None:
@@ -69,7 +74,7 @@ def test_overlap() -> None:
 def test_sizes_by_hand() -> None:
     """From the end: gain 7 + experts 60 = 67 close the first bucket at 50, hidden 24 + table 48 = 72 the second."""
     made = plan()
-    assert [bucket.shard_numel for bucket in made.buckets] == [34, 36]
+    assert [bucket.lengths for bucket in made.buckets] == [(34, 34), (36, 36)]
     assert [bucket.params for bucket in made.buckets] == [(2, 3), (0, 1)]
     assert (made.numel, made.padding) == (139, 1)
     assert made.shard_bytes(4) == 70 * 4
@@ -95,9 +100,11 @@ def test_completion_bytes_of_all_ranks(world: int, policy: str) -> None:
 
 
 def test_every_holder_pays_for_a_cut_matrix() -> None:
-    whole, cut = Matrix(0, 0, 6, 4).cost, Matrix(0, 0, 4, 5).cost
     made = plan()
-    assert [made.newton_schulz_cost(rank) for rank in (0, 1)] == [2 * cut + whole, 2 * cut]
+    costs = {(m.rows, m.cols): m.cost for m in made.matrices}
+    whole, cut = costs[6, 4], costs[4, 5]
+    assert [made.newton_schulz_flops(rank) for rank in (0, 1)] == [2 * cut + whole, 2 * cut]
+    assert made.flops_once == 3 * cut + whole
 
 
 DIFFERENT: dict[str, dict[str, Any]] = {
@@ -147,5 +154,5 @@ def test_no_ranks(world: int) -> None:
 
 
 def test_unknown_policy() -> None:
-    with pytest.raises(ConfigError, match='policy = \'zigzag\' is not legal: use "balanced" or "flat"'):
+    with pytest.raises(ConfigError, match='policy = \'zigzag\' is not legal: use "balanced", "flat" or "team"'):
         plan(policy="zigzag")

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distmuon.train.report.read import RunView, flatten, load_runs
+from distmuon.train.metrics import TRACE_NAME
+from distmuon.train.report.markup import duration, percent
+from distmuon.train.report.read import RunView, flatten, hidden_share, load_runs
 
 
 def comparisons(runs: Sequence[RunView]) -> list[str]:
@@ -116,7 +118,8 @@ def summary_lines(run_dir: Path, others: Sequence[Path] = ()) -> list[str]:
         others: directories of runs to compare it with.
 
     Returns:
-        Lines: the final validation losses beside each other, comparisons, and what went wrong.
+        Lines: the final validation losses beside each other, how long a step waits for communication, comparisons,
+        what went wrong, and where the timeline is.
 
     Raises:
         DataError: a directory holds no readable metrics.
@@ -129,7 +132,19 @@ def summary_lines(run_dir: Path, others: Sequence[Path] = ()) -> list[str]:
         title = "final" if run.status == "finished" else "last"
         value = f"{result.loss:.4f}  at step {result.step:,}" if result else "not measured"
         lines.append(f"{title + ' validation loss':<21}  {run.label:<{width}}  {value}")
+    lines += [f"{'exposed communication':<21}  {run.label:<{width}}  {text}" for run in runs for text in _exposed(run)]
     lines += comparisons(runs) + cautions(runs)
     for run in runs:
         lines += failures(run)
+    if runs[0].metrics.trace:
+        lines.append(f"timeline: {Path(run_dir) / TRACE_NAME}")
     return ["".join(c if c.isprintable() else " " for c in line) for line in lines]
+
+
+def _exposed(run: RunView) -> list[str]:
+    exposed, trace = run.exposed(), run.metrics.trace
+    if exposed is None:
+        return []
+    hidden = hidden_share(trace) if trace else None
+    rest = f"; {percent(hidden)} of communication hidden" if hidden is not None else ""
+    return [f"{duration(exposed.seconds)} a step, {percent(exposed.share)} of it{rest}"]

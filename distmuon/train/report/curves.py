@@ -1,4 +1,4 @@
-"""The curves of ``loss.png``: loss, learning rate and gradient norm over the optimizer step."""
+"""The curves of ``loss.png``: loss, learning rate, gradient norm and exposed communication by optimizer step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from distmuon.train.metrics import StepRecord
-from distmuon.train.report.read import RunView
+from distmuon.train.report.read import RunView, exposed_share
 
 Array = npt.NDArray[np.float64]
 
@@ -95,7 +95,7 @@ def draw(runs: Sequence[RunView], theme: Theme = LIGHT) -> bytes:
         theme: colours of the figure.
 
     Returns:
-        A PNG of 1280 x 1200 pixels.
+        A PNG of 1280 x 1200 pixels, 1280 x 1500 with exposed communication.
     """
     buffer = io.BytesIO()
     figure(runs, theme).savefig(buffer, format="png", facecolor=theme.background)
@@ -103,13 +103,15 @@ def draw(runs: Sequence[RunView], theme: Theme = LIGHT) -> bytes:
 
 
 def figure(runs: Sequence[RunView], theme: Theme) -> Figure:
-    """The curves of all runs as a matplotlib figure: loss, learning rate, gradient norm."""
-    canvas = Figure(figsize=(6.4, 6.0), dpi=200, facecolor=theme.background, layout="constrained")
+    """The curves of all runs as a matplotlib figure; exposed communication only if it is on record."""
+    waits = any(run.exposed() for run in runs)
+    canvas = Figure(figsize=(6.4, 7.5 if waits else 6.0), dpi=200, facecolor=theme.background, layout="constrained")
     FigureCanvasAgg(canvas)
-    grid = canvas.add_gridspec(2, 2, height_ratios=(2.1, 1.0))
+    grid = canvas.add_gridspec(3 if waits else 2, 2, height_ratios=(2.1, 1.0, 0.8) if waits else (2.1, 1.0))
     loss = canvas.add_subplot(grid[0, :])
     rate, norm = canvas.add_subplot(grid[1, 0]), canvas.add_subplot(grid[1, 1])
-    for axes in (loss, rate, norm):
+    exposed = [canvas.add_subplot(grid[2, :])] if waits else []
+    for axes in (loss, rate, norm, *exposed):
         _style(axes, theme)
     _draw_loss(loss, runs, theme)
     _legend(loss, runs, theme)
@@ -122,7 +124,15 @@ def figure(runs: Sequence[RunView], theme: Theme) -> Figure:
     norms = norms[np.isfinite(norms) & (norms > 0)]
     if len(norms) and norms.max() > 20 * np.median(norms):
         norm.set_yscale("log")
+    for axes in exposed:
+        _draw_small(axes, runs, theme, _exposed_percent, "exposed\ncomm. (%)", faint=True)
+        axes.set_ylim(bottom=0.0)
     return canvas
+
+
+def _exposed_percent(record: StepRecord) -> float | None:
+    share = exposed_share(record)
+    return None if share is None else 100 * share
 
 
 def _style(axes: Axes, theme: Theme) -> None:

@@ -11,6 +11,7 @@ from distmuon.train.report import sections
 from distmuon.train.report.compare import cautions, comparisons, failures
 from distmuon.train.report.curves import DARK, LIGHT, Theme, draw, smoothing_window
 from distmuon.train.report.markup import Markup, join, tag
+from distmuon.train.report.overlap import overlap
 from distmuon.train.report.read import RunView, load_runs
 
 _STYLE = """
@@ -90,6 +91,7 @@ def page(runs: Sequence[RunView], light: bytes, dark: bytes) -> str:
         _section("Result", sections.results(runs)),
         _section("Where the time of a step went", sections.step_time(runs)),
         _section("Communication", sections.traffic(runs)),
+        _section("Exposed communication", overlap(runs)),
         _section("Optimizer state", sections.state(runs)),
         _section("Routing", sections.routing(runs)),
         _section("Data and environment", sections.provenance(runs)),
@@ -113,7 +115,8 @@ def _curves(runs: Sequence[RunView], light: bytes, dark: bytes) -> Markup:
     sources = [f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}" for png in (light, dark)]
     picture = Markup(
         f'<picture><source media="(prefers-color-scheme:dark)" srcset="{sources[1]}">'
-        f'<img src="{sources[0]}" alt="Loss, learning rate and gradient norm by optimizer step"></picture>'
+        f'<img src="{sources[0]}" alt="Loss, learning rate, gradient norm and exposed communication by optimizer step">'
+        "</picture>"
     )
     windows = ", ".join(f"{run.label} {smoothing_window(len(run.metrics.steps)):,}" for run in runs)
     note = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from distmuon.train.metrics import Collective, Metrics, StepRecord, read_metrics
+from distmuon.train.metrics import Collective, Metrics, StepRecord, TraceRecord, read_metrics
 
 LABEL_LENGTH = 40
 
@@ -32,6 +32,14 @@ class StepTime:
     parts: dict[str, float]
     steps: int
     warmup: int
+
+
+@dataclass(frozen=True)
+class Exposed:
+    """Median seconds of a step in which the host waited for a collective, and median share of the step."""
+
+    seconds: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,26 @@ class RunView:
         names = dict.fromkeys(name for record in records for name in record.split)
         parts = {name: typical([record.split.get(name, 0.0) for record in records]) or 0.0 for name in names}
         return StepTime(typical([record.seconds for record in records]) or 0.0, parts, len(records), warmup)
+
+    def exposed(self) -> Exposed | None:
+        """Exposed communication of a step, or None if no step has it on record."""
+        records, _ = self.timed()
+        seconds = typical([record.exposed_seconds for record in records])
+        share = typical([exposed_share(record) for record in records])
+        return None if seconds is None or share is None else Exposed(seconds, share)
+
+
+def exposed_share(record: StepRecord) -> float | None:
+    """Share of a step in which the host waited for a collective, or None if it is not on record."""
+    if record.exposed_seconds is None or not record.seconds > 0:
+        return None
+    return record.exposed_seconds / record.seconds
+
+
+def hidden_share(trace: TraceRecord) -> float | None:
+    """Share of the communication of a timeline that was hidden, over all ranks; None if there was none."""
+    total = sum(rank.communication_s for rank in trace.ranks)
+    return sum(rank.hidden_s for rank in trace.ranks) / total if total > 0 else None
 
 
 def load_runs(run_dir: Path, others: Sequence[Path] = ()) -> list[RunView]:

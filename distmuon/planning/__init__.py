@@ -1,0 +1,1 @@
+"""``distmuon plan``: what a model's placement costs, before it is trained."""
