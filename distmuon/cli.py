@@ -14,6 +14,7 @@ _USAGE = """usage: distmuon COMMAND ...
 
 commands:
   train RUN.toml [--FLAG VALUE ...]   train as the run file says; flags override it (--help lists them)
+  plan --model FILE --world N,...     show what a model's placement costs before it is trained (--help lists flags)
   report RUN_DIR [OTHER_DIR ...]      draw a run's report again, with the curves of others beside it
   bench [NAME] [--FLAG VALUE ...]     run a benchmark; without a name, list them
   doctor                              show versions and what of this machine can be used
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # The deepspeed launcher passes --local_rank as its first argument.
     given = [argument for argument in given if not argument.startswith(("--local_rank", "--local-rank"))]
-    commands = {"train": _train, "report": _report, "bench": _bench, "doctor": _doctor}
+    commands = {"train": _train, "plan": _plan, "report": _report, "bench": _bench, "doctor": _doctor}
     if not given or given[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if given else 2
@@ -81,6 +82,13 @@ def _train(arguments: list[str]) -> int:
         print("\n".join([*summary_lines(directory), f"report: {directory / 'report.html'}"]))
     if dist.is_initialized():
         dist.destroy_process_group()
+    return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from distmuon.planning.command import plan_text
+
+    print(plan_text(arguments))
     return 0
 
 

@@ -17,6 +17,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distmuon.clock import PhaseClock
+from distmuon.exchange import Exchange, exchange
+
+# Tags of exchanges are used again after this many, when the first have long been waited for.
+_TAGS = 2**20
 
 
 class CollectiveKey(NamedTuple):
@@ -114,6 +118,7 @@ class Group:
         self.ranks: tuple[int, ...] = (0,)
         self.device = torch.device("cpu")
         self.backend = "none"
+        self._exchanges = 0
         if _initialized():
             self.ranks = tuple(dist.get_process_group_ranks(process_group))
             self.backend = dist.get_backend(process_group)
@@ -126,14 +131,13 @@ class Group:
             return Pending(full)
         wire = _bytes(full) * (self.size - 1) // self.size
         self.traffic.add("reduce_scatter", self.size, full, wire)
-        shard = full.new_empty(lengths[self.rank])
-        if self.backend == "nccl" and len(set(lengths)) > 1:
-            # One call, which NCCL runs as a group of reduces to the owners.
-            work = dist.reduce_scatter(
-                shard, list(torch.split(full, list(lengths))), group=self.process_group, async_op=True
-            )
-        elif self.backend == "gloo" or len(set(lengths)) > 1:
+        if self.backend == "gloo" or (self.backend != "nccl" and len(set(lengths)) > 1):
             return self._exchange_and_sum(full, lengths)
+        shard = full.new_empty(lengths[self.rank])
+        if len(set(lengths)) > 1:
+            # One call, which NCCL runs as a group of reduces to the owners.
+            parts = list(torch.split(full, list(lengths)))
+            work = dist.reduce_scatter(shard, parts, group=self.process_group, async_op=True)
         else:
             collective = _flat_collective("reduce_scatter_single", "reduce_scatter_tensor")
             work = collective(shard, full, group=self.process_group, async_op=True)
@@ -144,16 +148,17 @@ class Group:
         if self.size == 1:
             return Pending(full)
         self.traffic.add("all_gather", self.size, full, _bytes(full) * (self.size - 1) // self.size)
-        shards = torch.split(full, list(lengths))
+        shards = list(torch.split(full, list(lengths)))
         shard = shards[self.rank]
-        if len(set(lengths)) == 1 and self.backend != "gloo":
+        if self.backend == "gloo":
+            works = [self._exchange([shard] * self.size, shards)]
+        elif len(set(lengths)) == 1:
             collective = _flat_collective("all_gather_single", "all_gather_into_tensor")
             works = [collective(full, shard, group=self.process_group, async_op=True)]
         elif self.backend == "nccl":
             # One call, which NCCL runs as a group of broadcasts from the owners.
-            works = [dist.all_gather(list(shards), shard, group=self.process_group, async_op=True)]
+            works = [dist.all_gather(shards, shard, group=self.process_group, async_op=True)]
         else:
-            # On gloo, broadcasts under way at once also take half the time of its ring of equal shards.
             works = [
                 dist.broadcast(part, rank, group=self.process_group, async_op=True)
                 for part, rank in zip(shards, self.ranks, strict=True)
@@ -193,21 +198,23 @@ class Group:
         return [bytes(part[: int(count)].tolist()).decode() for part, count in zip(texts, lengths, strict=True)]
 
     def _exchange_and_sum(self, full: Tensor, lengths: Sequence[int]) -> Pending:
-        """Reduce-scatter by sending every rank its shard and summing there, in the order of the ranks.
+        """Send every rank its shard and sum there in the order of the ranks, wherever an element lies."""
+        parts = list(torch.split(full, list(lengths)))
+        received = full.new_empty(self.size, lengths[self.rank])
+        received[self.rank].copy_(parts[self.rank])
+        work: Any
+        if self.backend == "gloo":
+            work = self._exchange(parts, list(received))
+        else:
+            own = [lengths[self.rank]] * self.size
+            flat = received.view(-1)
+            work = dist.all_to_all_single(flat, full, own, list(lengths), group=self.process_group, async_op=True)
+        watched = self._watched("reduce_scatter", full, work)
+        return Pending(received, watched, (full, received), _sum_in_order)
 
-        gloo's own sends as much as an all-reduce, twice this; and here a sum does not depend on where its elements lie.
-        """
-        own = lengths[self.rank]
-        received = full.new_empty(self.size * own)
-        work = dist.all_to_all_single(
-            received, full, [own] * self.size, list(lengths), group=self.process_group, async_op=True
-        )
-        return Pending(
-            received,
-            self._watched("reduce_scatter", full, work),
-            (full, received),
-            lambda parts: _sum_in_order(parts.view(self.size, own)),
-        )
+    def _exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Exchange:
+        self._exchanges = (self._exchanges + 1) % _TAGS
+        return exchange(send, receive, self.rank, self.ranks, self.process_group, self._exchanges)
 
     def _all_reduce(self, values: Tensor, op: Any) -> Tensor:
         if self.size > 1:

@@ -30,8 +30,10 @@ class Workload:
     """Bytes per element of the parameters, hence of the all-gather."""
     piece_itemsize: int = 2
     """Bytes per element of the pieces that complete cut matrices, and of teams' Gram matrices."""
-    gathers_in_flight: int | None = None
-    """All-gathers under way before the next bucket waits for the first of them; None: any number."""
+    wave_numel: int = 2**22
+    """Elements of matrices per rank from which consecutive buckets are orthogonalized and updated together."""
+    gathers_in_flight: int = 2
+    """All-gathers under way when ranks wait for the first of them; any number with ``overlap_forward``."""
     overlap_forward: bool = False
     """Whether the next forward starts before all parameters are gathered."""
 

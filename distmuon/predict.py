@@ -24,6 +24,7 @@ from distmuon.simulate import (
     most_in_flight,
     reduce_seconds,
     take_turns,
+    waves,
 )
 
 __all__ = [
@@ -120,8 +121,9 @@ def predict(plans: Sequence[Placed], machine: Machine, workload: Workload) -> Pr
     world = max((job.plan.world * job.stride for job in jobs), default=1)
     gathers = [gather_seconds(job, workload) for job in jobs]
     step = Step(world, machine, workload)
-    for job, seconds in zip(jobs, gathers, strict=True):
-        step.advance(job, seconds)
+    for wave in waves(jobs, workload.wave_numel):
+        done = len(step.gathered)
+        step.advance(wave, gathers[done : done + len(wave)])
     busy = step.newton_schulz + step.update + step.team
     busiest = int(np.argmax(busy))
     buffers = max(

@@ -51,16 +51,29 @@ class Step:
         self._machine = machine
         self._workload = workload
 
-    def advance(self, job: Job, gather_seconds: float) -> None:
-        """Compute and gather one more bucket.
+    def advance(self, wave: Sequence[Job], gather_seconds: Sequence[float]) -> None:
+        """Orthogonalize the matrices of a wave of buckets, then update and gather one after the other.
 
         Args:
-            job: the bucket.
-            gather_seconds: what its all-gather takes.
+            wave: the buckets.
+            gather_seconds: what each all-gather takes.
         """
-        limit = self._workload.gathers_in_flight
-        if limit is not None and len(self.gathered) >= limit:
-            np.maximum(self._now, self.gathered[-limit], out=self._now)
+        for job in wave:
+            self._orthogonalize(job)
+        for job, seconds in zip(wave, gather_seconds, strict=True):
+            lengths: NDArray[np.float64] = np.repeat(np.asarray(job.bucket.lengths, dtype=float), job.stride)
+            elementwise = lengths * ((_UPDATE_BYTES + self._workload.param_itemsize) / self._machine.memory_bytes)
+            self.shard += lengths
+            self.update += elementwise
+            self._now += elementwise
+            self.updated.append(float(self._now.max()))
+            free = self.gathered[-1] if self.gathered else 0.0
+            self.gathered.append(max(self.updated[-1], free) + seconds)
+            limit = self._workload.gathers_in_flight
+            if not self._workload.overlap_forward and len(self.gathered) >= limit:
+                np.maximum(self._now, self.gathered[-limit], out=self._now)
+
+    def _orthogonalize(self, job: Job) -> None:
         received: dict[int, float] = {}
         for matrix in job.bucket.matrices:
             seconds = _team_seconds(matrix, job.link, self._workload)
@@ -79,14 +92,28 @@ class Step:
         if received:
             busiest = max(received.values()) * job.plan.world / (job.plan.world - 1)
             self.pieces += collective_seconds("all_to_all", busiest, job.plan.world, job.link)
-        lengths: NDArray[np.float64] = np.repeat(np.asarray(job.bucket.lengths, dtype=float), job.stride)
-        elementwise = lengths * ((_UPDATE_BYTES + self._workload.param_itemsize) / self._machine.memory_bytes)
-        self.shard += lengths
-        self.update += elementwise
-        self._now += elementwise
-        self.updated.append(float(self._now.max()))
-        free = self.gathered[-1] if self.gathered else 0.0
-        self.gathered.append(max(self.updated[-1], free) + gather_seconds)
+
+
+def waves(jobs: Sequence[Job], numel: int) -> Iterator[list[Job]]:
+    """Group consecutive buckets as the optimizer's step does.
+
+    Args:
+        jobs: the buckets, in order.
+        numel: elements of matrices per rank that close a wave.
+
+    Yields:
+        The buckets of each wave.
+    """
+    wave: list[Job] = []
+    found = 0
+    for job in jobs:
+        wave.append(job)
+        found += sum(matrix.numel for matrix in job.bucket.matrices) // job.plan.world
+        if found >= numel:
+            yield wave
+            wave, found = [], 0
+    if wave:
+        yield wave
 
 
 def runs_of_holders(matrix: Matrix) -> Iterator[tuple[int, int, float]]:

@@ -49,7 +49,6 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self._phase = ""
-        self._family = ""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -62,19 +61,25 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def families(self) -> Iterator[None]:
-        """Name DistMuon's own calls by what they do: on gloo, a reduce-scatter is an all-to-all and a sum."""
+        """Name DistMuon's own calls by what they do: on gloo they are point-to-point messages, one to each rank."""
         with pytest.MonkeyPatch.context() as patch:
             for method, family in (("reduce_scatter", "reduce_scatter"), ("all_gather", "allgather")):
                 patch.setattr(Group, method, self._named(getattr(Group, method), family))
             yield
 
     def _named(self, issue: Any, family: str) -> Any:
-        def named(*args: Any) -> Any:
-            self._family = family
-            try:
-                return issue(*args)
-            finally:
-                self._family = ""
+        def named(group: Any, full: Tensor, lengths: Any) -> Any:
+            before, self.calls = self.calls, []
+            pending = issue(group, full, lengths)
+            sent = sum(call.numel for call in self.calls if call.name == "send")
+            assert {call.name for call in self.calls} <= {"send", "recv_"}
+            self.calls = before
+            if group.size > 1:
+                own = lengths[group.rank]
+                assert sent == (full.numel() - own if family == "reduce_scatter" else own * (group.size - 1))
+                dtype = str(full.dtype).removeprefix("torch.")
+                self.calls.append(Call(self._phase, family, group.size, full.numel(), dtype))
+            return pending
 
         return named
 
@@ -96,7 +101,7 @@ class Recorder(TorchDispatchMode):
         tensors = [t for t in tensors if isinstance(t, Tensor)]
         if world > 1 and tensors:
             largest = max(tensors, key=lambda t: t.numel())
-            name = self._family or next((name for name in _NAMES if op.strip("_").startswith(name)), op)
+            name = next((name for name in _NAMES if op.strip("_").startswith(name)), op)
             self.calls.append(
                 Call(self._phase, name, world, largest.numel(), str(largest.dtype).removeprefix("torch."))
             )
