@@ -1,6 +1,8 @@
-"""Matrices of a step, gathered by shape over all buckets: one Newton-Schulz call per shape."""
+"""Matrices of several buckets, gathered by shape: one Newton-Schulz call per shape."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,59 +15,28 @@ from distmuon.ns_settings import NewtonSchulz
 Kind = tuple[torch.device, int, int]
 
 
-class ShapeBatches:
-    """Orthogonalizes all matrices of one shape when the first of them is asked for.
-
-    So the buckets whose shapes are done can be applied and all-gathered while others are computed.
+def orthogonalize_by_shape(
+    buckets: Sequence[dict[Matrix, Tensor]], largest: Sequence[Mapping[Matrix, Tensor]], ns: NewtonSchulz
+) -> list[dict[Matrix, Tensor]]:
+    """Orthogonalize the matrices of several buckets.
 
     Args:
+        buckets: [rows, cols] inputs of each bucket; emptied as they are computed.
+        largest: for each bucket the largest magnitude in those matrices where it is known, float32 scalars.
         ns: Newton-Schulz settings.
+
+    Returns:
+        For each bucket the [rows, cols] polar factors of all its matrices.
     """
-
-    def __init__(self, ns: NewtonSchulz) -> None:
-        self._ns = ns
-        self._buckets: list[dict[Matrix, Tensor]] = []
-        self._largest: list[dict[Matrix, Tensor]] = []
-        self._done: list[dict[Matrix, Tensor]] = []
-
-    def add(self, matrices: dict[Matrix, Tensor], largest: dict[Matrix, Tensor]) -> None:
-        """Take over the matrices of the next bucket.
-
-        Args:
-            matrices: [rows, cols] inputs; emptied as they are computed.
-            largest: the largest magnitude in those where it is known, float32 scalars.
-        """
-        self._buckets.append(matrices)
-        self._largest.append(largest)
-        self._done.append({})
-
-    def take(self, bucket: int) -> dict[Matrix, Tensor]:
-        """Hand over the orthogonalized matrices of a bucket.
-
-        Args:
-            bucket: its index; each is taken once.
-
-        Returns:
-            [rows, cols] polar factors of all its matrices.
-        """
-        while self._buckets[bucket]:
-            self._compute(_kind(*next(iter(self._buckets[bucket].items()))))
-        done, self._done[bucket] = self._done[bucket], {}
-        return done
-
-    def _compute(self, kind: Kind) -> None:
-        chosen = [
-            (index, matrix)
-            for index, matrices in enumerate(self._buckets)
-            for matrix, x_MN in matrices.items()
-            if _kind(matrix, x_MN) == kind
-        ]
-        x_BMN = torch.stack([self._buckets[index].pop(matrix) for index, matrix in chosen])
-        known = [self._largest[index][matrix] for index, matrix in chosen if matrix in self._largest[index]]
+    kinds: dict[Kind, list[tuple[int, Matrix]]] = {}
+    for index, matrices in enumerate(buckets):
+        for matrix, x_MN in matrices.items():
+            kinds.setdefault((x_MN.device, matrix.rows, matrix.cols), []).append((index, matrix))
+    done: list[dict[Matrix, Tensor]] = [{} for _ in buckets]
+    for chosen in kinds.values():
+        x_BMN = torch.stack([buckets[index].pop(matrix) for index, matrix in chosen])
+        known = [largest[index][matrix] for index, matrix in chosen if matrix in largest[index]]
         largest_B = torch.stack(known) if len(known) == len(chosen) else None
-        for (index, matrix), o_MN in zip(chosen, orthogonalize(x_BMN, self._ns, largest_B).unbind(0), strict=True):
-            self._done[index][matrix] = o_MN
-
-
-def _kind(matrix: Matrix, x_MN: Tensor) -> Kind:
-    return x_MN.device, matrix.rows, matrix.cols
+        for (index, matrix), o_MN in zip(chosen, orthogonalize(x_BMN, ns, largest_B).unbind(0), strict=True):
+            done[index][matrix] = o_MN
+    return done

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distmuon.clock import PhaseClock
+from distmuon.errors import ConfigError
 from distmuon.exchange import Exchange, exchange
 
 # Tags of exchanges are used again after this many, when the first have long been waited for.
@@ -117,12 +118,10 @@ class Group:
         self.rank: int = dist.get_rank(process_group) if _initialized() else 0
         self.ranks: tuple[int, ...] = (0,)
         self.device = torch.device("cpu")
-        self.backend = "none"
         self._exchanges = 0
         if _initialized():
             self.ranks = tuple(dist.get_process_group_ranks(process_group))
-            self.backend = dist.get_backend(process_group)
-            if self.backend == "nccl":
+            if dist.get_backend(process_group) == "nccl":
                 self.device = torch.device("cuda", torch.cuda.current_device())
 
     def reduce_scatter(self, full: Tensor, lengths: Sequence[int]) -> Pending:
@@ -131,7 +130,8 @@ class Group:
             return Pending(full)
         wire = _bytes(full) * (self.size - 1) // self.size
         self.traffic.add("reduce_scatter", self.size, full, wire)
-        if self.backend == "gloo" or (self.backend != "nccl" and len(set(lengths)) > 1):
+        backend = self._backend(full.device)
+        if backend == "gloo" or (backend != "nccl" and len(set(lengths)) > 1):
             return self._exchange_and_sum(full, lengths)
         shard = full.new_empty(lengths[self.rank])
         if len(set(lengths)) > 1:
@@ -150,12 +150,13 @@ class Group:
         self.traffic.add("all_gather", self.size, full, _bytes(full) * (self.size - 1) // self.size)
         shards = list(torch.split(full, list(lengths)))
         shard = shards[self.rank]
-        if self.backend == "gloo":
+        backend = self._backend(full.device)
+        if backend == "gloo":
             works = [self._exchange([shard] * self.size, shards)]
         elif len(set(lengths)) == 1:
             collective = _flat_collective("all_gather_single", "all_gather_into_tensor")
             works = [collective(full, shard, group=self.process_group, async_op=True)]
-        elif self.backend == "nccl":
+        elif backend == "nccl":
             # One call, which NCCL runs as a group of broadcasts from the owners.
             works = [dist.all_gather(shards, shard, group=self.process_group, async_op=True)]
         else:
@@ -203,7 +204,7 @@ class Group:
         received = full.new_empty(self.size, lengths[self.rank])
         received[self.rank].copy_(parts[self.rank])
         work: Any
-        if self.backend == "gloo":
+        if self._backend(full.device) == "gloo":
             work = self._exchange(parts, list(received))
         else:
             own = [lengths[self.rank]] * self.size
@@ -215,6 +216,14 @@ class Group:
     def _exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Exchange:
         self._exchanges = (self._exchanges + 1) % _TAGS
         return exchange(send, receive, self.rank, self.ranks, self.process_group, self._exchanges)
+
+    def _backend(self, device: torch.device) -> str:
+        """What moves tensors of a device; a group may have a backend for each."""
+        group: Any = self.process_group or dist.group.WORLD
+        try:
+            return str(group._get_backend(device).name())
+        except RuntimeError:
+            return dist.get_backend(group)
 
     def _all_reduce(self, values: Tensor, op: Any) -> Tensor:
         if self.size > 1:
@@ -238,7 +247,16 @@ def own_process_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> d
         ``process_group``, or a new group of all ranks, or None if there is only one rank.
     """
     if isinstance(process_group, DeviceMesh):
-        return process_group.get_group() if process_group.ndim == 1 else process_group._flatten().get_group()
+        if process_group.ndim == 1:
+            return process_group.get_group()
+        if process_group.size() < dist.get_world_size():
+            if process_group.mesh_dim_names is None:
+                raise ConfigError(
+                    f"process_group is a mesh of shape {tuple(process_group.shape)} without names for some of "
+                    f"{dist.get_world_size()} ranks; give it mesh_dim_names, or pass a process group."
+                )
+            return process_group._flatten().get_group()
+        process_group = None
     if process_group is not None or not _initialized() or dist.get_world_size() == 1:
         return process_group
     group = dist.new_group()

@@ -52,7 +52,7 @@ def assemble(bucket: Bucket, shard: Tensor, received: Tensor) -> dict[Matrix, Te
         flat = matrices.setdefault(matrix, shard.new_empty(matrix.rows, matrix.cols)).view(-1)
         flat[held.within : held.within + held.length].copy_(shard[held.part])
     offset = 0
-    for other in range(bucket.world):
+    for other in range(bucket.world) if bucket.plan.cut else ():
         for matrix in _shared(bucket, other):
             flat = matrices[matrix].view(-1)
             for part in bucket.plan.parts(other, matrix):
@@ -66,4 +66,4 @@ def _shared(bucket: Bucket, other: int) -> list[Matrix]:
     """Cut matrices that both this rank and another hold a piece of."""
     if other == bucket.rank:
         return []
-    return [m for m in bucket.plan.matrices if m.cut and bucket.rank in m.holders and other in m.holders]
+    return [m for m in bucket.plan.cut if bucket.rank in m.holders and other in m.holders]

@@ -59,8 +59,7 @@ class DistMuon(torch.optim.Optimizer):
         ns: Newton-Schulz settings; None means ``NewtonSchulz()``.
         adamw_backend: "auto", "torch" or "apex" (NVIDIA's FusedAdam).
         grad_accum_dtype: torch.float32 accumulates micro-batches in float32 and releases p.grad; None uses p.grad.
-        transport: "scatter" for equal shards in every bucket, "owner" for unequal ones in smaller buckets, "auto" for
-            the one that leaves less communication behind the end of backward.
+        transport: "scatter" for equal shards in every bucket, "owner" for unequal ones, "auto" for the faster.
         expert_groups: expert-data-parallel groups by the name that param groups give as "expert_group".
 
     Raises:
@@ -114,7 +113,7 @@ class DistMuon(torch.optim.Optimizer):
             values = {field: arguments[field] for field in ShardSettings.model_fields}
             self.settings = make_settings(**{**values, "ns": ns or NewtonSchulz()})
             accumulate = grad_accum_dtype is not None
-            self._reducer = Reducer(reduce_dtype, self.reduces_in_backward, self._overlap.is_pending, accumulate)
+            self._reducer = Reducer(reduce_dtype, self.reduces_in_backward, self._overlap.is_unseen, accumulate)
             # Schedulers that cycle momentum ask the defaults for it.
             super().__init__(to_groups(params), {"momentum": momentum})
             trained, frozen = bind(self.param_groups, 0)
@@ -230,7 +229,7 @@ class DistMuon(torch.optim.Optimizer):
         self.grad_norm = ready.verdict.norm
         if ready.verdict.finite:
             rules = ready.settings.groups, ready.coefficient, self.settings.ns, self._adamw
-            pipeline.update(self._reducer.reductions, *rules, self.clock, self._overlap)
+            pipeline.update(self._reducer.reductions, self._waves, *rules, self.clock, self._overlap)
         else:
             self.skipped_steps += 1
             log.warning("gradients are not finite: all ranks skip this step (%d so far)", self.skipped_steps)
@@ -258,6 +257,7 @@ class DistMuon(torch.optim.Optimizer):
             StateError: it belongs to other parameters, ranks or settings; nothing is changed then.
             RankMismatchError: that is so on some ranks only; raised on every rank.
         """
+        self.finish_gathers()
         with guard.shared_failure(self._main):
             reductions, rank = self._reducer.reductions, self._main.rank
             loaded = sharded_state.check(state_dict, reductions, self.plans, rank, self.param_groups)
@@ -277,6 +277,7 @@ class DistMuon(torch.optim.Optimizer):
         self._bound, self._frozen = self._bound + trained, self._frozen + frozen
         self.plans += plans
         self._reducer.add(reductions)
+        self._waves = pipeline.agree_on_waves(self._main, self._reducer.reductions)
 
     def _get_ready(self, loss_scale: float | None = None) -> Readiness:
         """Phases 1 and 2: reduced gradients, their global norm, one decision for all ranks."""

@@ -55,24 +55,34 @@ def build(
     if experts:
         # Ranks whose own expert groups agree learn here of groups that do not.
         check_agreement(main, [])
+    domains = _by_domain(params, groups, main, experts)
     position = {id(param.tensor): number for number, param in enumerate(params)}
-    plans: list[Plan] = []
+    plans: dict[tuple[str, torch.dtype, torch.device], Plan] = {}
     placed: list[tuple[int, BucketReduction]] = []
-    for (name, _, _), members in _by_domain(params, groups, main, experts).items():
-        group = experts[name] if name else main
+    loads = [0.0]
+    # Experts first: what they cost a rank is what the others, which more ranks share, are then levelled with.
+    for key, members in sorted(domains.items(), key=lambda item: not item[0][0]):
+        group = experts[key[0]] if key[0] else main
+        if group is main and len(loads) == 1:
+            loads = [float(text) for text in main.all_gather_text(repr(loads[0]))]
         specs = [ParamSpec(p.name, tuple(p.tensor.shape), p.kind, p.split) for p in members]
         itemsize = _ITEMSIZE[settings.reduce_dtype]
         numel = default_bucket_numel(group.size, itemsize)
         if settings.bucket_mb is not None:
             numel = max(1, int(settings.bucket_mb * 1e6) // itemsize)
         fraction = find_products(members[0].tensor.device, settings.ns).symmetric_fraction
-        plan = make_plan(specs, group.size, settings.policy, numel, settings.transport, settings.ns, fraction)
-        plans.append(plan)
+        begun = loads if group is main else ()
+        how = settings.policy, numel, settings.transport, settings.ns, fraction
+        plan = plans[key] = make_plan(specs, group.size, *how, begun)
+        if group is main:
+            loads = [load + plan.newton_schulz_flops(rank) for rank, load in enumerate(loads)]
+        else:
+            loads = [loads[0] + plan.newton_schulz_flops(group.rank)]
         for bucket in plan.buckets:
             reduction = BucketReduction(Bucket(bucket, group.rank, members), group, main.size)
             placed.append((-position[id(members[bucket.params[0]].tensor)], reduction))
     placed.sort(key=lambda item: item[0])
-    return plans, [reduction for _, reduction in placed]
+    return [plans[key] for key in domains], [reduction for _, reduction in placed]
 
 
 def describe(

@@ -26,7 +26,8 @@ class Exchange:
     def __init__(self, works: Sequence[Any]) -> None:
         self._works = works
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._wait, name="distmuon-exchange", daemon=True)
+        # No daemon: the interpreter waits for it, so that a rank which ends first still sends what others need.
+        self._thread = threading.Thread(target=self._wait, name="distmuon-exchange")
         self._thread.start()
 
     def is_completed(self) -> bool:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from distmuon.link import Link
 from distmuon.strict import Strict
+from distmuon.waves import GPU_NUMEL, IN_FLIGHT_BYTES
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -30,10 +31,10 @@ class Workload:
     """Bytes per element of the parameters, hence of the all-gather."""
     piece_itemsize: int = 2
     """Bytes per element of the pieces that complete cut matrices, and of teams' Gram matrices."""
-    wave_numel: int = 2**22
-    """Elements of matrices per rank from which consecutive buckets are orthogonalized and updated together."""
-    gathers_in_flight: int = 2
-    """All-gathers under way when ranks wait for the first of them; any number with ``overlap_forward``."""
+    wave_numel: int = GPU_NUMEL
+    """Elements of matrices per rank that are orthogonalized together at least."""
+    in_flight_bytes: float = IN_FLIGHT_BYTES
+    """Bytes of all-gathers under way beyond which ranks wait for the first; without effect with ``overlap_forward``."""
     overlap_forward: bool = False
     """Whether the next forward starts before all parameters are gathered."""
 

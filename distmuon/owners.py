@@ -17,7 +17,7 @@ from distmuon.placement import Piece, Run, Shards, batches
 # Elements per rank from which an elementwise run is divided among all ranks; a shorter one goes to one of them.
 _LEAST_SHARE = 1024
 # Teams are formed until the busiest rank is this close to the mean.
-_LEVEL = 1.05
+LEVEL = 1.05
 # Ranks at least this busy, relative to the busiest, are relieved together; both are tried.
 _LATE = (0.999, 0.95)
 # How much larger a team is tried.
@@ -27,18 +27,19 @@ _MORE = (1.5, 2, 3, 4, 8)
 SliceCost = Callable[[Matrix, int], float]
 
 
-def place_owners(params: Sequence[list[Run]], world: int, bucket_numel: int) -> list[Shards]:
+def place_owners(params: Sequence[list[Run]], loads: Sequence[float], bucket_numel: int) -> list[Shards]:
     """Deal matrices to the least loaded rank, costly ones first, and close buckets by size alone.
 
     Args:
         params: runs of each parameter, in the order in which gradients arrive.
-        world: number of ranks.
+        loads: FLOPs that each rank has to spend on other matrices.
         bucket_numel: elements after which a bucket is closed.
 
     Returns:
         The buckets, with shards of any length, also none.
     """
-    owner, lengths, _ = _assign([run for runs in params for run in runs if run.cost], world)
+    world = len(loads)
+    owner, lengths, _ = _assign([run for runs in params for run in runs if run.cost], loads)
     total = sum(run.length for runs in params for run in runs)
     missing = [max(0, share - length) for share, length in zip(even_parts(total, world), lengths, strict=True)]
     buckets = []
@@ -54,22 +55,23 @@ def place_owners(params: Sequence[list[Run]], world: int, bucket_numel: int) -> 
     return buckets
 
 
-def team_runs(matrices: Sequence[Matrix], world: int, cost: SliceCost) -> dict[Matrix, list[Run]]:
+def team_runs(matrices: Sequence[Matrix], loads: Sequence[float], cost: SliceCost) -> dict[Matrix, list[Run]]:
     """Cut the matrices that keep a rank busy for longer than the others.
 
     Args:
         matrices: all matrices of the plan, with their cost.
-        world: number of ranks.
+        loads: FLOPs that each rank has to spend on other matrices.
         cost: FLOPs of a slice.
 
     Returns:
         For each matrix one run, or one a slice.
     """
     teams = {matrix: [whole(matrix)] for matrix in matrices}
-    mean = sum(matrix.cost for matrix in matrices) / world
-    owner, _, loads = _assign([run for runs in teams.values() for run in runs], world)
+    begun, world = loads, len(loads)
+    mean = (sum(matrix.cost for matrix in matrices) + sum(begun)) / world
+    owner, _, loads = _assign([run for runs in teams.values() for run in runs], begun)
     # Slices repeat work on X X^T, so more of them do not always help: stop when no choice of sizes does.
-    while max(loads) > _LEVEL * mean:
+    while max(loads) > LEVEL * mean:
         best = None
         for late, costly, more in itertools.product(_LATE, (False, True), _MORE):
             excess = {rank: load - mean for rank, load in enumerate(loads) if load >= late * max(loads)}
@@ -77,7 +79,7 @@ def team_runs(matrices: Sequence[Matrix], world: int, cost: SliceCost) -> dict[M
                 matrix: _slices(matrix, min(math.ceil(len(teams[matrix]) * more), world, matrix.long), cost)
                 for matrix in _to_cut(teams, owner, excess, costly)
             }
-            dealt = _assign([run for runs in tried.values() for run in runs], world)
+            dealt = _assign([run for runs in tried.values() for run in runs], begun)
             if best is None or _lateness(dealt[2]) < _lateness(best[1][2]):
                 best = tried, dealt
         if best is None or _lateness(best[1][2]) >= _lateness(loads):
@@ -118,10 +120,11 @@ def whole(matrix: Matrix) -> Run:
     return Run(matrix.param, matrix.start, matrix.numel, matrix.cost, brick=matrix.start)
 
 
-def _assign(runs: Sequence[Run], world: int) -> tuple[dict[Run, int], list[int], list[float]]:
+def _assign(runs: Sequence[Run], loads: Sequence[float]) -> tuple[dict[Run, int], list[int], list[float]]:
     """Longest processing time first: rank of every run, elements and FLOPs by rank; slices of a matrix go apart."""
     owner: dict[Run, int] = {}
-    ranks: list[tuple[float, int, int]] = [(0.0, 0, rank) for rank in range(world)]
+    ranks = [(load, 0, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(ranks)
     taken: dict[tuple[int, int], set[int]] = {}
     for run in sorted(runs, key=lambda run: (-run.cost, -run.length)):
         others = taken.setdefault((run.param, run.brick), set())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def complete(bucket: Bucket, inputs: Tensor, group: Group) -> dict[Matrix, Tenso
         Every matrix that this rank holds a piece of, [rows, cols].
     """
     received = inputs[:0]
-    if any(matrix.cut for matrix in bucket.plan.matrices):
+    if bucket.plan.cut:
         received = group.all_to_all(*outgoing(bucket, inputs)).wait()
     return assemble(bucket, inputs, received)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right, insort
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -109,7 +109,7 @@ def place_flat(params: Iterable[list[Run]], world: int, bucket_numel: int) -> li
     return [pour([[] for _ in range(world)], runs, equal(runs, world)) for runs in batches(params, bucket_numel)]
 
 
-def place_balanced(params: Iterable[list[Run]], world: int, bucket_numel: int) -> list[Shards]:
+def place_balanced(params: Iterable[list[Run]], loads: Sequence[float], bucket_numel: int) -> list[Shards]:
     """Keep matrices whole, spread their cost over the ranks, level the shards with elementwise runs.
 
     Longest processing time first under a cap of the shard length, with the load carried from bucket to bucket. A bucket
@@ -118,15 +118,15 @@ def place_balanced(params: Iterable[list[Run]], world: int, bucket_numel: int) -
 
     Args:
         params: runs of each parameter, in the order in which gradients arrive.
-        world: number of ranks.
+        loads: cost that each rank has already.
         bucket_numel: elements after which a bucket is closed.
 
     Returns:
         The buckets.
     """
+    loads, world = list(loads), len(loads)
     closed: list[tuple[list[Run], list[float]]] = []
     placed: list[Shards] = []
-    loads = [0.0] * world
     pending: list[Run] = []
     sizes = Sizes()
     too_few = 0

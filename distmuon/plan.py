@@ -55,6 +55,11 @@ class BucketPlan:
         return tuple(accumulate(self.lengths, initial=0))
 
     @cached_property
+    def cut(self) -> tuple[Matrix, ...]:
+        """Matrices that cross a shard edge and are completed by their holders."""
+        return tuple(matrix for matrix in self.matrices if matrix.cut)
+
+    @cached_property
     def params(self) -> tuple[int, ...]:
         """Indices of the parameters with elements in this bucket, ascending."""
         return tuple(sorted({piece.param for rank in self.pieces for piece in rank}))

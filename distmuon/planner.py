@@ -14,10 +14,10 @@ from distmuon.bricks import Matrix, ParamSpec, split_matrices
 from distmuon.errors import ConfigError
 from distmuon.iteration import Schedule
 from distmuon.ns_settings import NewtonSchulz
-from distmuon.owners import place_owners, team_runs, whole
+from distmuon.owners import LEVEL, place_owners, team_runs, whole
 from distmuon.placement import Piece, Run, Shards, place_balanced, place_flat
 from distmuon.plan import BucketPlan, Plan, Policy, Transport
-from distmuon.predict import exposed_reduce
+from distmuon.predict import Machine, Placed, Workload, predict
 from distmuon.schedule import Fraction, flops, make_schedule
 
 TransportChoice = Literal["auto", "scatter", "owner"]
@@ -112,6 +112,7 @@ def make_plan(
     transport: TransportChoice = "auto",
     ns: NewtonSchulz | None = None,
     fraction: Fraction = all_of_it,
+    loads: Sequence[float] = (),
 ) -> Plan:
     """Place parameters on ranks.
 
@@ -127,6 +128,7 @@ def make_plan(
             bucket differ in length; "auto" takes what leaves less of the reduction behind the end of backward.
         ns: Newton-Schulz settings, which decide what a shape costs; None means ``NewtonSchulz()``.
         fraction: part of a symmetric product that the device computes.
+        loads: FLOPs that each rank spends on other plans' matrices, to be levelled with; () for none.
 
     Returns:
         The plan. Padding is less than d elements per bucket, and none with "owner".
@@ -136,6 +138,7 @@ def make_plan(
     """
     _check(world, policy, transport)
     bucket_numel = bucket_numel or default_bucket_numel(world)
+    loads = loads or [0.0] * world
     work = Work(ns or NewtonSchulz(), fraction)
     matrices = {index: split_matrices(index, spec, work.of_shape) for index, spec in enumerate(params)}
     runs = [_runs(index, spec, matrices[index]) for index, spec in enumerate(params)][::-1]
@@ -147,17 +150,42 @@ def make_plan(
     if policy == "flat":
         return plan(place_flat(runs, world, bucket_numel), "scatter")
     if policy == "team":
-        cut = team_runs([m for found in matrices.values() for m in found], world, work.of_slice)
+        cut = team_runs([m for found in matrices.values() for m in found], loads, work.of_slice)
         runs = [[slice_ for m in found for slice_ in cut[m]] for found in matrices.values()]
         runs = [of_one or _runs(index, params[index], []) for index, of_one in enumerate(runs)][::-1]
-        return plan(place_owners(runs, world, bucket_numel), "owner")
+        return plan(place_owners(runs, loads, bucket_numel), "owner")
     if transport == "owner":
-        return plan(place_owners(runs, world, bucket_numel), "owner")
-    scattered = plan(place_balanced(runs, world, bucket_numel), "scatter")
+        return plan(place_owners(runs, loads, bucket_numel), "owner")
+    scattered = plan(place_balanced(runs, loads, bucket_numel), "scatter")
     if transport == "scatter":
         return scattered
-    owned = plan(place_owners(runs, world, bucket_numel), "owner")
-    return scattered if _whole(scattered) and exposed_reduce(scattered) <= exposed_reduce(owned) else owned
+    return choose(scattered, plan(place_owners(runs, loads, bucket_numel), "owner"))
+
+
+def choose(scattered: Plan, owned: Plan) -> Plan:
+    """Decide between the transports as ``transport = "auto"`` does.
+
+    Args:
+        scattered: a plan with equal shards.
+        owned: the plan of the same parameters with shards of any length.
+
+    Returns:
+        The one whose optimizer adds less to a step on the default machine, unless the first has to cut matrices or
+        keeps a rank busy for longer.
+    """
+    if any(matrix.cut for matrix in scattered.matrices):
+        return owned
+    if _spread(scattered) > max(LEVEL, _spread(owned)):
+        return owned
+    machine, workload = Machine(), Workload()
+    seconds = [predict([Placed(plan)], machine, workload).optimizer for plan in (scattered, owned)]
+    return scattered if seconds[0] <= seconds[1] else owned
+
+
+def _spread(plan: Plan) -> float:
+    """Newton-Schulz FLOPs of the busiest rank over the mean."""
+    flops = [plan.newton_schulz_flops(rank) for rank in range(plan.world)]
+    return max(flops) * plan.world / sum(flops) if any(flops) else 1.0
 
 
 def default_bucket_numel(world: int, itemsize: int = 4) -> int:
@@ -186,10 +214,6 @@ def _check(world: int, policy: Policy, transport: TransportChoice) -> None:
     only = {"flat": "scatter", "team": "owner"}.get(policy, transport)
     if transport not in ("auto", only):
         raise ConfigError(f'transport = "{transport}" does not go with policy = "{policy}": use "auto" or "{only}".')
-
-
-def _whole(plan: Plan) -> bool:
-    return not any(matrix.cut for matrix in plan.matrices)
 
 
 def _runs(index: int, spec: ParamSpec, matrices: Sequence[Matrix]) -> list[Run]:

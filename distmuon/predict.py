@@ -24,8 +24,8 @@ from distmuon.simulate import (
     most_in_flight,
     reduce_seconds,
     take_turns,
-    waves,
 )
+from distmuon.waves import make_waves
 
 __all__ = [
     "Collective",
@@ -121,9 +121,8 @@ def predict(plans: Sequence[Placed], machine: Machine, workload: Workload) -> Pr
     world = max((job.plan.world * job.stride for job in jobs), default=1)
     gathers = [gather_seconds(job, workload) for job in jobs]
     step = Step(world, machine, workload)
-    for wave in waves(jobs, workload.wave_numel):
-        done = len(step.gathered)
-        step.advance(wave, gathers[done : done + len(wave)])
+    for wave in make_waves([job.bucket for job in jobs], workload.wave_numel):
+        step.advance([jobs[index] for index in wave], [gathers[index] for index in wave])
     busy = step.newton_schulz + step.update + step.team
     busiest = int(np.argmax(busy))
     buffers = max(

@@ -86,10 +86,18 @@ class Reducer:
             param.tensor.register_post_accumulate_grad_hook(self._hook(param, places))  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
-        """Launch what backward could not, wait for everything, and leave the mean gradient in each reduction."""
+        """Launch what backward could not, wait for everything, and leave the mean gradient in each reduction.
+
+        Raises:
+            SynchronizationError: the gradients were already used.
+        """
         self._launch(all_buckets=True)
         for reduction in self.reductions:
             reduction.settle()
+            if reduction.mean is None:
+                raise SynchronizationError(
+                    "a step that failed has used up the gradients; call optimizer.zero_grad() and run backward again."
+                )
 
     def check_untouched(self) -> None:
         """Make sure that no gradient was written to since it was reduced: the update would not know.

@@ -12,7 +12,7 @@ from torch import nn
 
 from distmuon.bricks import Kind
 from distmuon.errors import ConfigError
-from distmuon.splits import Split, check_patterns, find_split
+from distmuon.splits import Split, check_patterns, find_split, row_blocks
 
 log = logging.getLogger(__name__)
 
@@ -73,19 +73,18 @@ def param_groups(
     table = routes(model, router, overrides, head)
     parameters = dict(model.named_parameters())
     check_patterns(splits, [route.name for route in table if route.kind == "muon"])
-    members: dict[tuple[str, Split | None], list[tuple[int, str]]] = {}
+    members: dict[tuple[str, tuple[int, ...]], list[tuple[int, str]]] = {}
     for position, route in enumerate(table):
         split = find_split(route.name, splits) if route.kind == "muon" else None
-        members.setdefault((route.kind, split if split is None or isinstance(split, int) else tuple(split)), []).append(
-            (position, route.name)
-        )
+        key = route.kind, row_blocks(route.name, route.shape, split)
+        members.setdefault(key, []).append((position, route.name))
     groups: list[dict[str, Any]] = []
     # Muon's groups first, frozen parameters in none.
     for (kind, split), chosen in sorted(members.items(), key=lambda item: item[0][0], reverse=True):
         if kind != "frozen":
             params = [(name, parameters[name]) for _, name in chosen]
             group = {"params": params, "kind": kind, "positions": [position for position, _ in chosen]}
-            groups.append(group if split is None else {**group, "split": split})
+            groups.append({**group, "split": split} if split else group)
     if not overrides and not any(group["kind"] == "muon" for group in groups):
         raise ConfigError(
             "the model has no hidden matrix for Muon; build the optimizer before anything flattens its parameters, "

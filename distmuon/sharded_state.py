@@ -63,8 +63,8 @@ def check(
         raise StateError(f'the state dict was not saved by DistMuon: its "shard" is {header!r}, not {FORMAT!r}.')
     if header.get("plans") != [plan.digest for plan in plans]:
         raise StateError(
-            "the state dict belongs to another plan; load it with the world size, parameters, policy, bucket_mb and "
-            "reduce_dtype it was saved with."
+            "the state dict belongs to another plan; load it with the world size, parameters, splits, policy, "
+            "transport, bucket_mb, reduce_dtype, ns and kind of device it was saved with."
         )
     if header.get("rank") != rank:
         raise StateError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ from distmuon.plan import BucketPlan, Plan
 
 # An elementwise update reads a float32 gradient, and reads and writes float32 weights and two moments.
 _UPDATE_BYTES = 4 + 3 * 8
+# What the members of a team agree on before its first round: the largest element, in float32.
+_SCALE_BYTES = 4
 
 
 class Placed(NamedTuple):
@@ -48,6 +51,8 @@ class Step:
         self.pieces = 0.0
         self.updated: list[float] = []
         self.gathered: list[float] = []
+        # End and bytes of the all-gathers that no rank has waited for.
+        self._flying: list[tuple[float, int]] = []
         self._machine = machine
         self._workload = workload
 
@@ -59,7 +64,12 @@ class Step:
             gather_seconds: what each all-gather takes.
         """
         for job in wave:
-            self._orthogonalize(job)
+            self._complete(job)
+            self._orthogonalize_teams(job)
+        for job in wave:
+            for matrix in job.bucket.matrices:
+                if not matrix.team:
+                    self._spend(matrix, job.stride)
         for job, seconds in zip(wave, gather_seconds, strict=True):
             lengths: NDArray[np.float64] = np.repeat(np.asarray(job.bucket.lengths, dtype=float), job.stride)
             elementwise = lengths * ((_UPDATE_BYTES + self._workload.param_itemsize) / self._machine.memory_bytes)
@@ -69,51 +79,47 @@ class Step:
             self.updated.append(float(self._now.max()))
             free = self.gathered[-1] if self.gathered else 0.0
             self.gathered.append(max(self.updated[-1], free) + seconds)
-            limit = self._workload.gathers_in_flight
-            if not self._workload.overlap_forward and len(self.gathered) >= limit:
-                np.maximum(self._now, self.gathered[-limit], out=self._now)
+            self._flying += [(self.gathered[-1], job.bucket.numel * self._workload.param_itemsize)]
+            limit = inf if self._workload.overlap_forward else self._workload.in_flight_bytes
+            while len(self._flying) > 1 and sum(size for _, size in self._flying) > limit:
+                np.maximum(self._now, self._flying.pop(0)[0], out=self._now)
 
-    def _orthogonalize(self, job: Job) -> None:
+    def _spend(self, matrix: Matrix, stride: int) -> None:
+        for first, last, work in runs_of_holders(matrix):
+            ranks = slice(first * stride, (last + 1) * stride)
+            seconds = work / self._machine.newton_schulz_flops
+            self.newton_schulz[ranks] += seconds
+            self._now[ranks] += seconds
+
+    def _complete(self, job: Job) -> None:
+        """Exchange the pieces of cut matrices."""
         received: dict[int, float] = {}
         for matrix in job.bucket.matrices:
-            seconds = _team_seconds(matrix, job.link, self._workload)
-            for first, last, work in runs_of_holders(matrix):
-                ranks = slice(first * job.stride, (last + 1) * job.stride)
-                computed = work / self._machine.newton_schulz_flops
-                self.newton_schulz[ranks] += computed
-                self._now[ranks] += computed + seconds
-                if seconds:
-                    self.team[ranks] += seconds
             if matrix.cut:
                 missing = matrix.numel * (1 - 1 / len(matrix.holders)) * self._workload.piece_itemsize
                 # Holders in between have this matrix only; its ends may have parts of others too.
                 for edge in (matrix.holders[0], matrix.holders[-1]):
                     received[edge] = received.get(edge, 0.0) + missing
         if received:
-            busiest = max(received.values()) * job.plan.world / (job.plan.world - 1)
-            self.pieces += collective_seconds("all_to_all", busiest, job.plan.world, job.link)
+            self.pieces += _exchange_seconds(max(received.values()), job.plan.world, job.link)
 
-
-def waves(jobs: Sequence[Job], numel: int) -> Iterator[list[Job]]:
-    """Group consecutive buckets as the optimizer's step does.
-
-    Args:
-        jobs: the buckets, in order.
-        numel: elements of matrices per rank that close a wave.
-
-    Yields:
-        The buckets of each wave.
-    """
-    wave: list[Job] = []
-    found = 0
-    for job in jobs:
-        wave.append(job)
-        found += sum(matrix.numel for matrix in job.bucket.matrices) // job.plan.world
-        if found >= numel:
-            yield wave
-            wave, found = [], 0
-    if wave:
-        yield wave
+    def _orthogonalize_teams(self, job: Job) -> None:
+        """Let the teams of a bucket go through their rounds together; every rank takes part."""
+        teams = [matrix for matrix in job.bucket.matrices if matrix.team]
+        if not teams:
+            return
+        sent: dict[int, float] = {}
+        for matrix in teams:
+            self._spend(matrix, job.stride)
+            part = matrix.short**2 * (1 - 1 / len(matrix.holders)) * self._workload.piece_itemsize
+            for holder in matrix.holders:
+                sent[holder] = sent.get(holder, 0.0) + part
+        # A round is a reduce-scatter and an all-gather of X X^T, both as exchanges between the members of a team.
+        largest, rounds = (max(len(matrix.holders) for matrix in teams), max(matrix.rounds for matrix in teams))
+        seconds = 2 * rounds * _exchange_seconds(max(sent.values()), largest, job.link)
+        seconds += collective_seconds("all_reduce", _SCALE_BYTES * len(teams), job.plan.world, job.link)
+        self.team += seconds
+        self._now[:] = self._now.max() + seconds
 
 
 def runs_of_holders(matrix: Matrix) -> Iterator[tuple[int, int, float]]:
@@ -209,8 +215,7 @@ def reduce_seconds(job: Job, machine: Machine, workload: Workload) -> float:
         return collective_seconds("all_to_all" if direct else "reduce_scatter", size * item, world, job.link)
     least, most = min(job.bucket.lengths), max(job.bucket.lengths)
     if direct and world > 1:
-        busiest = max(size - least, (world - 1) * most)
-        return collective_seconds("all_to_all", busiest * item * world / (world - 1), world, job.link)
+        return _exchange_seconds(max(size - least, (world - 1) * most) * item, world, job.link)
     return collective_seconds("owner_reduce", size * item, world, job.link, least * item)
 
 
@@ -230,11 +235,9 @@ def gather_seconds(job: Job, workload: Workload) -> float:
     return collective_seconds("owner_broadcast", size * item, job.plan.world, job.link, min(job.bucket.lengths) * item)
 
 
-def _team_seconds(matrix: Matrix, link: Link, workload: Workload) -> float:
-    if not matrix.team:
-        return 0.0
-    gram = matrix.short**2 * workload.piece_itemsize
-    return matrix.rounds * collective_seconds("all_reduce", gram, len(matrix.holders), link)
+def _exchange_seconds(busiest: float, world: int, link: Link) -> float:
+    """An all-to-all in which the busiest rank sends, or receives, so many bytes."""
+    return collective_seconds("all_to_all", busiest * world / (world - 1), world, link)
 
 
 def most_in_flight(begins: Sequence[float], ends: Sequence[float], sizes: Sequence[int]) -> int:

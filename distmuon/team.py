@@ -45,13 +45,13 @@ def orthogonalize_slices(bucket: Bucket, inputs: Tensor, group: Group, ns: Newto
     done: dict[Matrix, Tensor] = {}
     with torch.autocast(bucket.device.type, enabled=False), host.precision(bucket.device, dtype):
         running = {}
-        for matrix, x_BMN in _prescale(teams, slices, group, dtype).items():
+        for matrix, x_BMN in _prescale(teams, slices, group, dtype, bucket.device).items():
             schedule = make_schedule(ns, matrix.short, max(matrix.slices), products.symmetric_fraction)
             running[matrix] = segments(x_BMN, schedule, products)
         grams = {matrix: next(steps) for matrix, steps in running.items()}
         for done_rounds in range(max(matrix.rounds for matrix in teams)):
             under_way = [matrix for matrix in teams if matrix.rounds > done_rounds]
-            summed = sum_over_teams(under_way, grams, group, dtype)
+            summed = sum_over_teams(under_way, grams, group, torch.empty(0, dtype=dtype, device=bucket.device))
             grams = {}
             for matrix, gram_BMM in summed.items():
                 try:
@@ -62,7 +62,7 @@ def orthogonalize_slices(bucket: Bucket, inputs: Tensor, group: Group, ns: Newto
 
 
 def sum_over_teams(
-    teams: Sequence[Matrix], partial: Mapping[Matrix, Tensor], group: Group, dtype: torch.dtype
+    teams: Sequence[Matrix], partial: Mapping[Matrix, Tensor], group: Group, empty: Tensor
 ) -> dict[Matrix, Tensor]:
     """Sum a square per matrix over its holders: reduce-scatter, then all-gather, within every team at once.
 
@@ -70,7 +70,7 @@ def sum_over_teams(
         teams: all team matrices that take part, on every rank the same.
         partial: [1, M, M] of those that this rank holds a slice of.
         group: the ranks.
-        dtype: of the squares.
+        empty: no elements, of the dtype and on the device of the squares.
 
     Returns:
         [1, M, M] sums of the matrices in ``partial``, equal on all their holders.
@@ -79,7 +79,6 @@ def sum_over_teams(
     own = [matrix for matrix in teams if rank in matrix.holders]
     chunks = {matrix: _chunks(matrix) for matrix in own}
     together = {other: [m for m in own if other in m.holders and other != rank] for other in ranks}
-    empty = torch.empty(0, dtype=dtype, device=group.device)
 
     def exchange(parts: dict[int, list[Tensor]], counts: dict[int, int]) -> Tensor:
         flat = [part for other in ranks for part in parts[other]]
@@ -99,7 +98,7 @@ def sum_over_teams(
             sums[matrix][other] = received[offset : offset + length].float()
             offset += length
     # In the order of the ranks, so that the sum does not depend on who computes it.
-    chunk = {m: torch.stack([parts[r] for r in sorted(parts)]).sum(dim=0).to(dtype) for m, parts in sums.items()}
+    chunk = {m: torch.stack([parts[r] for r in sorted(parts)]).sum(dim=0).to(empty.dtype) for m, parts in sums.items()}
     gathered = exchange(
         {other: [chunk[m] for m in together[other]] for other in ranks},
         {other: sum(_length(chunks[m][other]) for m in together[other]) for other in ranks},
@@ -139,10 +138,14 @@ def _from_wide(matrix: Matrix, x_BMN: Tensor) -> Tensor:
 
 
 def _prescale(
-    teams: Sequence[Matrix], slices: Mapping[Matrix, Tensor], group: Group, dtype: torch.dtype
+    teams: Sequence[Matrix],
+    slices: Mapping[Matrix, Tensor],
+    group: Group,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[Matrix, Tensor]:
     """Divide all slices of a matrix by the same power of two, which the largest element in any of them decides."""
-    largest = torch.zeros(len(teams), device=group.device)
+    largest = torch.zeros(len(teams), device=device)
     for place, matrix in enumerate(teams):
         if matrix in slices:
             largest[place] = largest_magnitude(slices[matrix]).float().view(())

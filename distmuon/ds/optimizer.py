@@ -113,6 +113,7 @@ class ZeroDistMuon(DistMuon, ZeROOptimizer):
 
     def refresh_fp32_params(self) -> None:
         """Take the master weights of 16-bit parameters from the parameters."""
+        self.finish_gathers()
         for reduction in self._reducer.reductions:
             if reduction.bucket.master is not None:
                 reduction.bucket.master.copy_(reduction.bucket.pack_shard())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -14,16 +17,13 @@ from distmuon.config import parse
 from distmuon.errors import ConfigError
 from distmuon.machine import Machine, Workload
 from distmuon.ns_settings import NewtonSchulz
+from distmuon.planner import default_bucket_numel
 from distmuon.planning.model_file import Model, load_model
 from distmuon.planning.outcome import Request, plan_world
 from distmuon.planning.report import as_json, as_text
 from distmuon.train.config import read_toml
 
 _ITEMSIZE = {"fp32": 4, "bf16": 2}
-# DistMuon's own default; and Megatron's least bucket for many ranks, in MB a rank of float32 (1M elements a rank),
-# below which a ring's latency takes longer than its bytes.
-_BUCKET_MB, _BUCKET_MB_PER_RANK = 25.0, 4.0
-
 _ABOUT = """Show what a model's placement costs before it is trained: who holds and computes what, bytes, state,
 padding, and a predicted step, beside AdamW with ZeRO-1 and other placements of Muon."""
 
@@ -45,7 +45,10 @@ def plan_text(arguments: Sequence[str]) -> str:
     model = load_model(Path(flags.model), flags.vocab, flags.router)
     machine = parse(Machine, read_toml(Path(flags.machine)), flags.machine) if flags.machine else Machine()
     ns = parse(NewtonSchulz, {"preset": flags.ns_preset}, "--ns-preset")
-    outcomes = [plan_world(_request(flags, model, machine, ns, world)) for world in _worlds(flags.world)]
+    if flags.plot:
+        _check_matplotlib()
+    with _without_collector():
+        outcomes = [plan_world(_request(flags, model, machine, ns, world)) for world in _worlds(flags.world)]
     if flags.plot:
         from distmuon.planning.picture import draw
 
@@ -53,6 +56,27 @@ def plan_text(arguments: Sequence[str]) -> str:
     if flags.json:
         return json.dumps(as_json(model, outcomes, flags.table), indent=1)
     return as_text(model, outcomes, flags.table) + (f"\npicture: {flags.plot}" if flags.plot else "")
+
+
+def _check_matplotlib() -> None:
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError:
+        raise ConfigError(
+            "--plot draws with matplotlib, which is not installed: pip install 'distmuon[train]'."
+        ) from None
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Plans are millions of small tuples without cycles, through which the garbage collector would go in vain."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _request(flags: argparse.Namespace, model: Model, machine: Machine, ns: NewtonSchulz, world: int) -> Request:
@@ -68,7 +92,7 @@ def _request(flags: argparse.Namespace, model: Model, machine: Machine, ns: Newt
     if flags.ranks_per_node is not None:
         machine = machine.model_copy(update={"ranks_per_node": flags.ranks_per_node})
     reduce_itemsize = _ITEMSIZE[flags.reduce_dtype]
-    bucket_mb = flags.bucket_mb or max(_BUCKET_MB, _BUCKET_MB_PER_RANK * world)
+    bucket_mb = flags.bucket_mb or default_bucket_numel(world, reduce_itemsize) * reduce_itemsize / 1e6
     params = model.parameters(ep)
     workload = Workload(
         tokens_per_rank=flags.tokens_per_rank,
@@ -126,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--machine", metavar="FILE", help="machine file, see configs/machines (default: nodes of 8 H100, InfiniBand)")
     add("--policy", choices=("balanced", "flat", "team"), default="balanced", help="DistMuon's placement of matrices")
     add("--transport", choices=("auto", "scatter", "owner"), default="auto", help="equal shards, or of any length")
-    bucket = f"MB of a bucket (default: {_BUCKET_MB:g}, or {_BUCKET_MB_PER_RANK:g} a rank if that is more)"
+    bucket = "MB of a bucket (default: 25, or 10^6 elements a rank if that is more)"
     add("--bucket-mb", type=_above_zero, metavar="MB", help=bucket)
     add("--dtype", choices=tuple(_ITEMSIZE), default="bf16", help="of the parameters, and of the all-gather")
     add("--reduce-dtype", choices=tuple(_ITEMSIZE), default="fp32", help="in which gradients are summed")

@@ -66,8 +66,12 @@ def place(params: Sequence[PlannedParam], layout: Layout, world: int, ep: int, b
     """
     specs = [param.spec for param in params if param.exists and not (param.expert and ep > 1)]
     experts = [param.spec for param in params if param.exists and param.expert and ep > 1]
-    plans = [Placed(layout(specs, world, bucket_numel))]
-    return plans + ([Placed(layout(experts, world // ep, bucket_numel), ep)] if experts else [])
+    if not experts:
+        return [Placed(layout(specs, world, bucket_numel, ()))]
+    of_experts = layout(experts, world // ep, bucket_numel, ())
+    # As the optimizer does: everything else is levelled with what the experts cost each rank.
+    loads = [of_experts.newton_schulz_flops(rank // ep) for rank in range(world)]
+    return [Placed(layout(specs, world, bucket_numel, loads)), Placed(of_experts, ep)]
 
 
 def compare(choice: Choice, plans: Sequence[Placed], held: Holdings, machine: Machine, workload: Workload) -> Row:
@@ -123,7 +127,9 @@ def _calls(plans: Sequence[Placed]) -> int:
     for plan, _ in plans:
         for bucket in plan.buckets if plan.world > 1 else ():
             calls += 2 + any(matrix.cut for matrix in bucket.matrices)
-            calls += max((matrix.rounds for matrix in bucket.matrices), default=0)
+            # A team agrees on a scale, then sums X X^T by two exchanges a round.
+            rounds = max((matrix.rounds for matrix in bucket.matrices if matrix.team), default=0)
+            calls += 1 + 2 * rounds if rounds else 0
     return calls
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,8 +19,8 @@ from distmuon.predict import Placed
 
 LayoutName = Literal["adamw", "flat", "scatter", "owner", "team", "padded", "mixed"]
 
-# Specs, number of ranks, elements of a bucket -> plan.
-Layout = Callable[[Sequence[ParamSpec], int, int], Plan]
+# Specs, number of ranks, elements of a bucket, FLOPs that each rank spends elsewhere -> plan.
+Layout = Callable[[Sequence[ParamSpec], int, int, Sequence[float]], Plan]
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ CHOICES: dict[LayoutName, Choice] = {
         ),
         Choice("owner", "owner", "balanced over shards of any length: reduced to and broadcast from their owners"),
         Choice("team", "team", "as owner; matrices too large for one rank are cut over several that compute together"),
-        Choice("padded", "padded", "whole matrices, one size at a time, padded: as Megatron's layer-wise optimizer"),
+        Choice("padded", "padded", "whole matrices in shards padded to the longest"),
         # Which of the two a process group takes is decided for each.
         Choice("mixed", "mixed", "balanced: scatter for one process group, owner for the other"),
     )
 }
-# How much busier than the mean a rank may be before policy = "team" cuts matrices (distmuon.owners).
-TEAM_TOLERANCE = 1.05
+# A padded bucket has at least so much of the largest matrix for every rank (Megatron's PADDING_FLOOR).
+_LEAST_FILL = 0.9
 
 
 def layout(name: LayoutName, ns: NewtonSchulz) -> Layout:
@@ -61,14 +61,14 @@ def layout(name: LayoutName, ns: NewtonSchulz) -> Layout:
         ns: Newton-Schulz settings, which decide what a matrix costs.
 
     Returns:
-        Function of parameters, ranks and elements of a bucket.
+        Function of parameters, ranks, elements of a bucket, and FLOPs that each rank spends elsewhere.
     """
     if name == "padded":
-        return lambda specs, world, numel: padded_owners(specs, world, numel, ns)
+        return lambda specs, world, numel, loads: padded_owners(specs, world, numel, ns)
     policies: dict[LayoutName, Policy] = {"flat": "flat", "team": "team"}
     transports: dict[LayoutName, TransportChoice] = {"scatter": "scatter", "owner": "owner"}
     policy, transport = policies.get(name, "balanced"), transports.get(name, "auto")
-    return lambda specs, world, numel: make_plan(specs, world, policy, numel, transport, ns)
+    return lambda specs, world, numel, loads: make_plan(specs, world, policy, numel, transport, ns, loads=loads)
 
 
 def adamw(plans: Sequence[Placed], held: Holdings) -> tuple[list[Placed], Holdings]:
@@ -98,11 +98,11 @@ def adamw(plans: Sequence[Placed], held: Holdings) -> tuple[list[Placed], Holdin
 
 
 def padded_owners(specs: Sequence[ParamSpec], world: int, bucket_numel: int, ns: NewtonSchulz) -> Plan:
-    """Place whole matrices in equal shards by their size alone, and pad where there are not enough of a size.
+    """Place whole matrices in equal shards that none of them crosses, each as long as the fullest of its bucket.
 
-    Source: Megatron-LM's layer-wise optimizer, ``_compute_per_buffer_param_layout``: the next matrix in backward order
-    goes to the first rank, the next of the same size to each other rank, or padding where none is left. Elementwise
-    parameters have buckets of their own, cut as ZeRO-1 does.
+    Source: Megatron-LM's layer-wise optimizer, ``_compute_per_buffer_param_layout``: a bucket takes matrices in
+    backward order, at least nine tenths of a largest one for every rank; long ones first, each goes to the emptiest
+    shard. Elementwise parameters have buckets of their own, cut as ZeRO-1 does.
 
     Args:
         specs: parameters in forward order.
@@ -114,39 +114,36 @@ def padded_owners(specs: Sequence[ParamSpec], world: int, bucket_numel: int, ns:
         A plan with equal shards; its padding counts what the shards have too much.
     """
     work = Work(ns, all_of_it)
-    by_size: dict[int, deque[Matrix]] = {}
     rest: list[list[Run]] = []
+    buckets: list[BucketPlan] = []
+    chunk: list[Matrix] = []
+    numel = largest = 0
     for index, spec in reversed(list(enumerate(specs))):
         found = split_matrices(index, spec, work.of_shape)
-        for matrix in found:
-            by_size.setdefault(matrix.numel, deque()).append(matrix)
         rest.append([Run(index, 0, spec.numel, 0.0)] if spec.numel and not found else [])
-    buckets = []
-    rounds: list[list[Matrix]] = []
-    while by_size:
-        size = max(by_size, key=lambda size: by_size[size][0].param)
-        queue = by_size[size]
-        rounds.append([queue.popleft() for _ in range(min(world, len(queue)))])
-        if not queue:
-            del by_size[size]
-        if not by_size or sum(matrices[0].numel for matrices in rounds) * world >= bucket_numel:
-            buckets.append(_padded_bucket(rounds, world))
-            rounds = []
+        for matrix in found:
+            chunk.append(matrix)
+            numel, largest = numel + matrix.numel, max(largest, matrix.numel)
+            if numel >= max(bucket_numel, int(_LEAST_FILL * world * largest)):
+                buckets.append(_padded_bucket(chunk, world))
+                chunk, numel, largest = [], 0, 0
+    if chunk:
+        buckets.append(_padded_bucket(chunk, world))
     for runs in batches(rest, bucket_numel):
         shards = pour([[] for _ in range(world)], runs, equal(runs, world))
         buckets.append(BucketPlan(tuple(shards.lengths), tuple(tuple(shard) for shard in shards.pieces), ()))
     return Plan("balanced", "scatter", world, bucket_numel, tuple(specs), tuple(buckets))
 
 
-def _padded_bucket(rounds: Sequence[Sequence[Matrix]], world: int) -> BucketPlan:
-    """Lay rounds of equally large matrices, one a rank, behind each other."""
+def _padded_bucket(matrices: Sequence[Matrix], world: int) -> BucketPlan:
     pieces: list[list[Piece]] = [[] for _ in range(world)]
+    ranks = [(0, rank) for rank in range(world)]
     held = []
-    offset = 0
-    for matrices in rounds:
-        for rank, matrix in enumerate(matrices):
-            pieces[rank].append(Piece(matrix.param, matrix.start, matrix.numel, offset))
-            held.append(replace(matrix, holders=(rank,), work=(matrix.cost,)))
-        offset += matrices[0].numel
+    for matrix in sorted(matrices, key=lambda matrix: -matrix.numel):
+        used, rank = ranks[0]
+        heapq.heapreplace(ranks, (used + matrix.numel, rank))
+        pieces[rank].append(Piece(matrix.param, matrix.start, matrix.numel, used))
+        held.append(replace(matrix, holders=(rank,), work=(matrix.cost,)))
+    longest = max(used for used, _ in ranks)
     held.sort(key=lambda matrix: (matrix.param, matrix.start))
-    return BucketPlan((offset,) * world, tuple(tuple(shard) for shard in pieces), tuple(held))
+    return BucketPlan((longest,) * world, tuple(tuple(shard) for shard in pieces), tuple(held))

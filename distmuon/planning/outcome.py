@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 from distmuon.machine import Machine, Workload
 from distmuon.ns_settings import NewtonSchulz
+from distmuon.owners import LEVEL
 from distmuon.plan import Plan, Policy
-from distmuon.planner import TransportChoice
+from distmuon.planner import TransportChoice, choose
 from distmuon.planning.compare import Row, compare, place
 from distmuon.planning.holdings import Holdings, holdings
-from distmuon.planning.layouts import CHOICES, TEAM_TOLERANCE, LayoutName, adamw, layout
+from distmuon.planning.layouts import CHOICES, LayoutName, adamw, layout
 from distmuon.planning.parameters import PlannedParam
-from distmuon.predict import Placed, exposed_reduce
+from distmuon.predict import Placed
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,7 @@ def transported(scattered: Placed, owned: Placed) -> Placed:
     Returns:
         One of them.
     """
-    whole = not any(matrix.cut for matrix in scattered.plan.matrices)
-    return scattered if whole and exposed_reduce(scattered.plan) <= exposed_reduce(owned.plan) else owned
+    return scattered if choose(scattered.plan, owned.plan) is scattered.plan else owned
 
 
 class _Planned:
@@ -128,4 +128,4 @@ def _level(plan: Plan) -> bool:
     loads = [0.0] * plan.world
     for matrix in plan.matrices:
         loads[matrix.holders[0]] += matrix.cost
-    return max(loads) <= TEAM_TOLERANCE * sum(loads) / plan.world
+    return max(loads) <= LEVEL * sum(loads) / plan.world

@@ -60,7 +60,7 @@ def test_matrices_of_one_shape_on_two_devices_are_two_batches(monkeypatch: pytes
     monkeypatch.setattr(batches, "orthogonalize", counted)
     plan = DistMuon([torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.ones(4, 6))]).plans[0]
     first, second = (matrix for bucket in plan.buckets for matrix in bucket.matrices)
-    found = batches.ShapeBatches(NewtonSchulz())
-    found.add({first: torch.ones(4, 6), second: torch.ones(4, 6, device="meta")}, {})
-    assert set(found.take(0)) == {first, second}
+    inputs = [{first: torch.ones(4, 6), second: torch.ones(4, 6, device="meta")}]
+    (found,) = batches.orthogonalize_by_shape(inputs, [{}], NewtonSchulz())
+    assert set(found) == {first, second}
     assert [device.type for device in calls] == ["cpu", "meta"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from distmuon.errors import ConfigError
 from distmuon.bricks import Matrix, ParamSpec, split_matrices
+from distmuon.errors import ConfigError
 from distmuon.ns_settings import NewtonSchulz
 from distmuon.plan import Plan, overlap
 from distmuon.planner import make_plan
