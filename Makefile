@@ -29,8 +29,9 @@ train: $(STAMP) ## train a small MoE language model with DistMuon, then with Ada
 test: $(STAMP) ## run every test that needs no GPU; ARGS="-k plan" passes options to pytest
 	@$(ENTER) python -m pytest $(ARGS)
 
-bench: $(STAMP) ## bytes per step and the speed of Newton-Schulz, beside others'; ARGS="ns --quick" runs one benchmark
-	@$(ENTER) $(if $(ARGS),python -m distmuon bench $(ARGS),set -x; python -m distmuon bench comm; python -m distmuon bench ns)
+bench: $(STAMP) ## bytes, memory, step time, link speeds and Newton-Schulz beside others'; ARGS="ns --quick" runs one
+	@$(ENTER) $(if $(ARGS),python -m distmuon bench $(ARGS),set -x; \
+	for name in comm memory step links ns; do python -m distmuon bench $$name; done)
 
 kernels: $(STAMP) ## compile every Triton kernel for sm_80, sm_90, sm_100, gfx942, gfx950 without a GPU; check registers, spills, loads
 	@$(ENTER) python -m distmuon bench kernels $(ARGS)

@@ -1,179 +1,147 @@
-"""Bytes per optimizer step of DistMuon, AdamW and DeepSpeed's own Muon on one MoE model: ``make bench``.
+"""Bytes and collectives of a step: DistMuon, AdamW, torch.optim.Muon, DeepSpeed's Muon and owners that all-gather.
 
-    distmuon bench comm [--worlds 2,4] [--model configs/models/moe_mini.toml]
+    distmuon bench comm [--worlds 2,4,8] [--models dense,moe] [--quick]
 
-Every contender trains the same model on the same tokens; parameters are checked to be equal on all ranks before its
-bytes count. Collectives are counted where they enter torch.distributed, bytes by the ring model.
+Every contender trains the same model on the same tokens, and must first agree with one process that trains on the mean
+gradient. Collectives are counted where they enter torch's communication library; their bytes are those of the ring
+model, summed over the ranks and divided by their number. "Sent" is what left through the loopback device, with TCP's
+headers. Both are given relative to AdamW with ZeRO-1 in the ring model: one reduce-scatter of the gradients, one
+all-gather of the parameters, both in float32.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from distmuon.benchmarks import places
+from distmuon.benchmarks import flags, places, targets
+from distmuon.benchmarks.launch import Row, launch
+from distmuon.benchmarks.models import CASES
+from distmuon.benchmarks.targets import Target, place
 
 RESULTS = places.RESULTS / "comm.json"
+PICTURE = places.DOCS / "comm.png"
 README = places.ROOT / "README.md"
 MARKS = ("<!-- bytes -->\n", "<!-- /bytes -->\n")
-VOCABULARY = 4096
-WORLDS = "2,4"
-STEPS = 2
-
-CONTENDERS: dict[str, dict[str, Any]] = {
-    "DistMuon balanced": {"type": "DistMuon", "params": {"policy": "balanced"}},
-    "DistMuon flat": {"type": "DistMuon", "params": {"policy": "flat"}},
-    "AdamW ZeRO-1 on DistMuon's path": {"type": "DistMuon", "params": {}, "all": "adamw"},
-    "DeepSpeed AdamW ZeRO-1": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-    "DeepSpeed Muon ZeRO-1": {"type": "Muon", "params": {"lr": 1e-3, "ns_method": "standard"}},
-}
+WORLDS = (2, 4, 8)
+# What the README shows; the other rows are in the results.
+SHOWN = "moe"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure all contenders at all world sizes, write the results and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="distmuon bench comm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--worlds", default=WORLDS, help="numbers of ranks, comma-separated; others are only printed")
-    parser.add_argument("--model", default="configs/models/moe_mini.toml", help="model file")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.worker:
-        worker(Path(options.model), Path(options.worker))
-        return 0
-    rows = []
-    for world in options.worlds.split(","):
-        print(f"measuring at {world} ranks ...", flush=True)
-        rows += launch(int(world), options.model)
-    results = {"model": options.model, "vocabulary": VOCABULARY, "rows": rows}
-    print(table(rows))
-    if options.worlds != WORLDS:
-        return 0
-    places.write(RESULTS, json.dumps(results, indent=1) + "\n")
-    if README.is_file():
-        README.write_text(with_table(README.read_text(), rows))
+    """Count for all contenders and print the tables; a full run writes results, picture and the README's table."""
+    options = flags.read(flags.parser("comm", __doc__, WORLDS), arguments)
+    rows: list[Row] = []
+    for world in options.worlds:
+        print(f"counting at {world} ranks ...", flush=True)
+        rows += launch("account", world, ["--part", "comm", "--models", ",".join(options.models)])
+    judged = judge(rows)
+    for model in options.models:
+        print(f"\n{CASES[model].title}:\n{table([row for row in rows if row['model'] == model])}")
+    print(targets.table(judged))
+    if options.full:
+        results = {"rows": rows, "targets": targets.records(judged)}
+        places.write(RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+        draw(rows)
+        if README.is_file():
+            README.write_text(with_table(README.read_text(), rows))
     return 0
 
 
+def draw(rows: Sequence[Row]) -> None:
+    """Draw docs/comm.png.
+
+    Args:
+        rows: of a full run.
+    """
+    from distmuon.benchmarks import step_chart
+
+    PICTURE.parent.mkdir(exist_ok=True)
+    step_chart.draw_comm(rows).savefig(PICTURE, dpi=150)
+
+
 def with_table(readme: str, rows: list[dict[str, Any]]) -> str:
-    """Put the float32 rows between the marks of the README."""
+    """Put the table of one model between the marks of the README.
+
+    Args:
+        readme: its text.
+        rows: all rows of the results.
+
+    Returns:
+        The new text.
+    """
     before, rest = readme.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    chosen = [row for row in rows if row["parameters"] == "float32"]
+    chosen = [row for row in rows if row["model"] == SHOWN]
     return f"{before}{MARKS[0]}{table(chosen)}\n{MARKS[1]}{after}"
 
 
-def launch(world: int, model: str) -> list[dict[str, Any]]:
-    """Run the worker under torchrun and read what rank 0 wrote."""
-    with tempfile.TemporaryDirectory() as directory:
-        result = Path(directory) / "rows.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        command += ["-m", "distmuon.benchmarks.comm", "--model", model, "--worker", str(result)]
-        # DeepSpeed compiles its Muon with inductor, which takes minutes on a CPU and moves no bytes.
-        env = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        subprocess.run(command, env=env, check=True)  # noqa: S603
-        rows: list[dict[str, Any]] = json.loads(result.read_text())
-        return rows
+def judge(rows: Sequence[Row]) -> list[Target]:
+    """Compare what was counted with the targets.
 
+    Args:
+        rows: of the results.
 
-def worker(model_file: Path, result: Path) -> None:
-    """Measure every contender on this rank; rank 0 writes the rows."""
-    from distmuon.benchmarks.tracer import Tracer
-
-    tracer = Tracer()
-    tracer.install()
-    import torch.distributed as dist
-
-    from distmuon.train import engine as engines
-
-    engines.quiet_deepspeed()
-    engines.join_ranks()
-    rows = []
-    for bf16 in (False, True):
-        for name, optimizer in CONTENDERS.items():
-            row = measure(name, optimizer, bf16, model_file, tracer)
-            rows.append({"world": dist.get_world_size(), "parameters": "bfloat16" if bf16 else "float32", **row})
-    if dist.get_rank() == 0:
-        result.write_text(json.dumps(rows))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def measure(name: str, optimizer: dict[str, Any], bf16: bool, model_file: Path, tracer: Any) -> dict[str, Any]:
-    """Train a few steps and count the last one's collectives."""
-    import deepspeed
-    import torch
-
-    from distmuon.train.config import ModelConfig, read_toml
-    from distmuon.train.model import MoETransformer
-
-    model = MoETransformer(ModelConfig(**read_toml(model_file)), VOCABULARY, seed=0)
-    numel = sum(parameter.numel() for parameter in model.parameters())
-    groups: Any = list(model.parameters())
-    if "all" in optimizer:
-        groups = [{"params": groups, "name": "all", "kind": optimizer["all"]}]
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=groups,
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": 1},
-            "optimizer": {"type": optimizer["type"], "params": optimizer["params"]},
-            "bf16": {"enabled": bf16},
-            "steps_per_print": 2**31 - 1,
-        },
+    Returns:
+        The targets.
+    """
+    ours = [row for row in rows if row["plan"]]
+    balanced = [row for row in ours if row["name"].startswith("DistMuon balanced")]
+    found = targets.worst(
+        "bytes of balanced / AdamW-ZeRO-1, ring model", 1.0, [(row["ratio"], place(row)) for row in balanced], digits=3
     )
-    generator = torch.Generator().manual_seed(engine.global_rank)
-    for _ in range(STEPS):
-        tracer.reset()
-        tokens = torch.randint(0, VOCABULARY, (1, 65), generator=generator)
-        engine.backward(engine(tokens[:, :-1], tokens[:, 1:]).objective)
-        engine.step()
-    calls, wire = dict(tracer.calls), dict(tracer.wire)
-    verify_equal(model)
-    ideal = 2 * numel * (2 if bf16 else 4) * (engine.world_size - 1) / engine.world_size
-    return {
-        "name": name,
-        "wire_bytes": sum(wire.values()),
-        "ratio": sum(wire.values()) / ideal,
-        "calls": calls,
-        "wire": wire,
-        "elements": numel,
-    }
+    found += targets.worst(
+        "collectives of balanced - (2 x buckets + 1)",
+        0,
+        [(row["own_calls"] - 2 * row["plan"]["buckets"] - 1, place(row)) for row in balanced],
+        digits=0,
+    )
+    found += targets.worst(
+        "reductions of gradients inside step()", 0, [(row["late_reductions"], place(row)) for row in ours], digits=0
+    )
+    return found + targets.equal("bytes planned and measured, all ranks", planned(ours))
 
 
-def verify_equal(model: Any) -> None:
-    """Fail unless all ranks hold the same parameters, bit for bit."""
-    import torch
-    import torch.distributed as dist
+def planned(ours: Sequence[Row]) -> Iterator[tuple[float, float, str]]:
+    """Pair what DistMuon planned to send with what it sent, without the guard's norms and flags.
 
-    for name, parameter in model.named_parameters():
-        largest, smallest = parameter.detach().clone(), parameter.detach().clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-        if not torch.equal(largest, smallest):
-            raise RuntimeError(f'ranks disagree on "{name}"; its bytes are not worth counting')
+    Args:
+        ours: its rows.
+
+    Yields:
+        Bytes of all ranks, planned and measured, and what it was measured on.
+    """
+    for row in ours:
+        sent = sum(row["wire_by_rank"]) - row["world"] * row["guard_bytes"]
+        yield sum(row["plan"]["wire_by_rank"]), sent, place(row)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Format the rows as Markdown."""
+def table(rows: Sequence[Row]) -> str:
+    """Format the rows of a model, with the numbers of ranks side by side.
+
+    Args:
+        rows: of one model.
+
+    Returns:
+        A Markdown table.
+    """
+    worlds = sorted({row["world"] for row in rows})
+    ranks, last = ", ".join(map(str, worlds)), worlds[-1]
     lines = [
-        "| ranks | parameters | contender | MB sent per rank and step | / AdamW-ZeRO-1 (ring) | collectives |",
-        "|---|---|---|---|---|---|",
+        f"| contender | ring bytes / AdamW-ZeRO-1 at {ranks} ranks | sent / the same | ring MB per rank, {last} ranks "
+        f"| collectives, {last} ranks |",
+        "|---|---|---|---|---|",
     ]
-    for row in rows:
-        calls = ", ".join(f"{count} {name}" for name, count in sorted(row["calls"].items()))
-        lines.append(
-            f"| {row['world']} | {row['parameters']} | {row['name']} | {row['wire_bytes'] / 1e6:.3f} "
-            f"| {row['ratio']:.4f} | {calls} |"
-        )
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = {row["world"]: row for row in rows if row["name"] == name}
+        most = own[last]
+        ratios = ", ".join(f"{own[world]['ratio']:.3f}" for world in worlds)
+        sent = ", ".join(f"{own[world]['sent_ratio']:.3f}" for world in worlds)
+        calls = ", ".join(f"{count} {kind}" for kind, count in sorted(most["calls"].items()))
+        grouped = f"{most['own_calls']}: " if most["plan"] else ""
+        lines.append(f"| {name} | {ratios} | {sent} | {most['wire_bytes'] / 1e6:.2f} | {grouped}{calls} |")
     return "\n".join(lines)
 
 

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 # Name on the command line -> (module with a ``main(arguments)``, what it measures).
 BENCHMARKS = {
     "accuracy": ("ns_accuracy", "error of every Newton-Schulz preset on matrices that are hard to orthogonalize"),
-    "comm": ("comm", "bytes per step of DistMuon, AdamW and DeepSpeed's Muon at 2 and 4 ranks"),
+    "comm": ("comm", "bytes and collectives per step of DistMuon, AdamW and other Muons at 2, 4 and 8 ranks"),
     "kernels": ("kernels", "registers, spills and loads of the Triton kernels, compiled for five GPUs without one"),
+    "links": ("links", "seconds per step against link speed, one network namespace a rank, beside the prediction"),
+    "memory": ("memory", "optimizer state per rank"),
     "ns": ("ns", "speed of Newton-Schulz beside the papers' triple, torch.optim.Muon and DeepSpeed"),
+    "step": ("step", "CPU and wall seconds of a step, beside AdamW and other Muons at 2 and 4 ranks"),
 }
 
 

@@ -1,77 +1,101 @@
-"""Counts collectives where they enter ``torch.distributed``, whoever issues them.
+"""Counts collectives where they enter torch's communication library, whoever issues them.
 
-Independent of the optimizer's own tally. Must be installed before DeepSpeed is imported, which keeps references.
+Independent of the optimizer's own tally. A dispatch mode sees what Python calls as well as what the reducer of
+DistributedDataParallel launches from C++.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-# Collective -> (its argument with the full payload, bytes sent per payload byte and (d - 1) / d in the ring model).
+# Bytes up to which a collective carries norms, flags or counts.
+SMALL = 1024.0
+# Operator -> (its argument with the full payload, bytes sent per payload byte and (d - 1) / d in the ring model).
 _RING = {
-    "all_reduce": ("tensor", 2),
-    "reduce": ("tensor", 1),
-    "broadcast": ("tensor", 1),
-    "all_gather": ("tensor_list", 1),
-    "all_gather_into_tensor": ("output_tensor", 1),
-    "all_gather_single": ("output", 1),
-    "reduce_scatter": ("input_list", 1),
-    "reduce_scatter_tensor": ("input", 1),
-    "reduce_scatter_single": ("input", 1),
-    "all_to_all_single": ("input", 1),
-    "all_to_all": ("input_tensor_list", 1),
+    "allreduce_": ("tensors", 2),
+    "allreduce_coalesced_": ("tensors", 2),
+    "reduce_": ("tensors", 1),
+    "broadcast_": ("tensors", 1),
+    "allgather_": ("output_tensors", 1),
+    "allgather_coalesced_": ("output_lists", 1),
+    "allgather_into_tensor_coalesced_": ("outputs", 1),
+    "_allgather_base_": ("output_tensor", 1),
+    "reduce_scatter_": ("input_tensors", 1),
+    "reduce_scatter_tensor_coalesced_": ("inputs", 1),
+    "_reduce_scatter_base_": ("input_tensor", 1),
+    "alltoall_": ("input_tensors", 1),
+    "alltoall_base_": ("input", 1),
+    "gather_": ("input_tensors", 1),
+    "scatter_": ("output_tensors", 1),
 }
 
 
 @dataclass
-class Tracer:
-    """Calls and ring-model bytes per collective since the last reset."""
+class Tally:
+    """Calls of each collective and the bytes that this rank sends for them in the ring model."""
 
     calls: dict[str, int] = field(default_factory=dict)
     wire: dict[str, float] = field(default_factory=dict)
-    _depth: int = 0
+    large_calls: dict[str, int] = field(default_factory=dict)
+    """Those of more than a norm or a flag."""
 
-    def install(self) -> None:
-        """Wrap the functions of ``torch.distributed``."""
-        for name, (argument, factor) in _RING.items():
-            function = getattr(dist, name, None)
-            if function is not None:
-                wrapped = self._wrap(name, function, argument, factor)
-                setattr(dist, name, wrapped)
-                setattr(dist.distributed_c10d, name, wrapped)
+    def add(self, name: str, wire: float) -> None:
+        """Count one call.
 
-    def reset(self) -> None:
-        """Start counting from zero."""
-        self.calls.clear()
-        self.wire.clear()
+        Args:
+            name: of the collective.
+            wire: bytes that this rank sends.
+        """
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.wire[name] = self.wire.get(name, 0.0) + wire
+        if wire > SMALL:
+            self.large_calls[name] = self.large_calls.get(name, 0) + 1
 
-    def _wrap(self, name: str, function: Callable[..., Any], argument: str, factor: int) -> Callable[..., Any]:
-        signature = inspect.signature(function)
+    def total_wire(self) -> float:
+        """All bytes sent."""
+        return sum(self.wire.values())
 
-        @functools.wraps(function)
-        def traced(*args: Any, **kwargs: Any) -> Any:
-            # One collective may be written in terms of another; only the outermost call is counted.
-            if self._depth == 0:
-                given = signature.bind(*args, **kwargs).arguments
-                payload = given.get(argument, given.get(f"{argument}_tensor"))
-                size = dist.get_world_size(given.get("group"))
-                if size > 1:
-                    self.calls[name] = self.calls.get(name, 0) + 1
-                    self.wire[name] = self.wire.get(name, 0.0) + factor * _bytes(payload) * (size - 1) / size
-            self._depth += 1
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._depth -= 1
 
-        return traced
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tallies the collectives that are issued while it is entered; groups of one rank do not count.
+
+    Attributes:
+        tally: what was issued so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tally = Tally()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+            self._count(func.overloadpacket.__name__, given | (kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, operator: str, given: dict[str, Any]) -> None:
+        if operator == "barrier" or operator.startswith("recv"):
+            return
+        size = dist.ProcessGroup.unbox(given["process_group"]).size()
+        if size == 1:
+            return
+        name = operator.strip("_")
+        if operator == "send":
+            self.tally.add(name, _bytes(given["tensors"]))
+        elif operator == "alltoall_base_" and given["input_split_sizes"]:
+            rank = dist.ProcessGroup.unbox(given["process_group"]).rank()
+            counts, payload = given["input_split_sizes"], given["input"]
+            rows = sum(count for peer, count in enumerate(counts) if peer != rank)
+            self.tally.add(name, rows * payload[:1].numel() * payload.element_size())
+        else:
+            # An operator that is not listed must not be taken for free.
+            argument, factor = _RING[operator]
+            self.tally.add(name, factor * _bytes(given[argument]) * (size - 1) / size)
 
 
 def _bytes(payload: Any) -> int:

@@ -97,7 +97,7 @@ class PlacementSettings(UpdateSettings):
     """"balanced" keeps matrices whole, "flat" cuts equal contiguous shards as ZeRO-1 does, "team" lets ranks share a
     matrix that is too large for one."""
     transport: Literal["auto", "scatter", "owner"] = "auto"
-    """"scatter": equal shards in every bucket; "owner": unequal ones in smaller buckets; "auto": what overlaps more."""
+    """"scatter": equal shards in every bucket; "owner": unequal ones in smaller buckets; "auto": the faster."""
     bucket_mb: float | None = Field(default=None, gt=0)
     """Least size of a reduce-scatter in MB (10^6 bytes of the reduction dtype), above 0; None: 25, or 10^6 elements a
     rank if that is more."""

@@ -161,12 +161,11 @@ class DistMuon(torch.optim.Optimizer):
         self._forget_gradients()
 
     def overlap_forward(self, model: torch.nn.Module) -> None:
-        """Leave all-gathers under way after ``step()``; each module of the model waits for its own in its forward.
-
-        Parameters read elsewhere, and not through the model's ``state_dict``, need ``finish_gathers`` first.
+        """Leave all-gathers under way after ``step()``; see ``ForwardOverlap.hook``. Every rank must call it.
 
         Args:
-            model: the module whose parameters this optimizer has.
+            model: has all parameters of this optimizer; replaces one given before. What is read of it otherwise than
+                in its modules' forward or by ``state_dict`` needs ``finish_gathers`` first.
         """
         self._overlap.hook(model)
 
@@ -289,7 +288,8 @@ class DistMuon(torch.optim.Optimizer):
                 self._reducer.check_untouched()
             scale = find_loss_scale(getattr(self, "grad_scale", None), found_inf) if loss_scale is None else loss_scale
             limit = check_clip(self._clip, scale, self.settings.max_grad_norm)
-            return StepSettings([check_group(group) for group in self.param_groups], scale, limit)
+            groups = [check_group(group) for group in self.param_groups]
+            return StepSettings(groups, scale, limit, self._overlap.active)
 
         self.reduce_gradients()
         with self.clock("guard"):

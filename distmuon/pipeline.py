@@ -48,7 +48,8 @@ def update(
 ) -> None:
     """Update this rank's shards and gather everybody's.
 
-    The matrices of a wave of buckets are orthogonalized while the buckets before are gathered.
+    The matrices of a wave of buckets are orthogonalized while the buckets before are gathered: in the order of the
+    reductions, or the other way round if a forward waits for the results, which needs the first parameters first.
 
     Args:
         reductions: with the mean gradients, which are used up.
@@ -60,7 +61,8 @@ def update(
         clock: takes the time of the phases.
         overlap: takes over the all-gathers.
     """
-    for wave in waves:
+    forward = [list(wave)[::-1] for wave in waves][::-1]
+    for wave in forward if overlap.active else waves:
         for reduction in (reductions[index] for index in wave):
             if coefficient != 1.0 and reduction.mean is not None:
                 reduction.mean.mul_(coefficient)

@@ -125,7 +125,7 @@ def make_plan(
         bucket_numel: elements after which a bucket is closed; None means ``default_bucket_numel``.
         transport: "scatter" makes the shards of every bucket equally long, for which buckets may have to grow, and
             cuts a matrix if even one bucket of everything has no equal shards of whole ones; "owner" lets shards of a
-            bucket differ in length; "auto" takes what leaves less of the reduction behind the end of backward.
+            bucket differ in length; "auto" takes what adds less to a step by the cost model of ``distmuon.predict``.
         ns: Newton-Schulz settings, which decide what a shape costs; None means ``NewtonSchulz()``.
         fraction: part of a symmetric product that the device computes.
         loads: FLOPs that each rank spends on other plans' matrices, to be levelled with; () for none.
@@ -137,7 +137,8 @@ def make_plan(
         ConfigError: unknown policy or transport, two that do not go together, or no ranks.
     """
     _check(world, policy, transport)
-    bucket_numel = bucket_numel or default_bucket_numel(world)
+    bucket_numel = default_bucket_numel(world) if bucket_numel is None else bucket_numel
+    _check_params(params, bucket_numel)
     loads = loads or [0.0] * world
     work = Work(ns or NewtonSchulz(), fraction)
     matrices = {index: split_matrices(index, spec, work.of_shape) for index, spec in enumerate(params)}
@@ -214,6 +215,17 @@ def _check(world: int, policy: Policy, transport: TransportChoice) -> None:
     only = {"flat": "scatter", "team": "owner"}.get(policy, transport)
     if transport not in ("auto", only):
         raise ConfigError(f'transport = "{transport}" does not go with policy = "{policy}": use "auto" or "{only}".')
+
+
+def _check_params(params: Sequence[ParamSpec], bucket_numel: int) -> None:
+    if bucket_numel < 1:
+        raise ConfigError(f"bucket_numel = {bucket_numel} is not legal: a bucket has at least 1 element.")
+    for spec in params:
+        if spec.kind == "muon" and (len(spec.shape) < 2 or sum(spec.split or spec.shape[-2:-1]) != spec.shape[-2]):
+            raise ConfigError(
+                f'"{spec.name}" of shape {spec.shape}, split into {spec.split or "one block"}, is not legal with kind '
+                '"muon": it takes [..., A, B] and blocks of rows that add up to A.'
+            )
 
 
 def _runs(index: int, spec: ParamSpec, matrices: Sequence[Matrix]) -> list[Run]:

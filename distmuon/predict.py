@@ -117,16 +117,21 @@ def predict(plans: Sequence[Placed], machine: Machine, workload: Workload) -> Pr
     ready = [job.ready for job in jobs]
     reduces = [reduce_seconds(job, machine, workload) for job in jobs]
     reduced = take_turns(ready, reduces)
-    sizes = [job.bucket.numel for job in jobs]
+    sent = [job.bucket.numel for job in jobs]
     world = max((job.plan.world * job.stride for job in jobs), default=1)
     gathers = [gather_seconds(job, workload) for job in jobs]
     step = Step(world, machine, workload)
-    for wave in make_waves([job.bucket for job in jobs], workload.wave_numel):
+    found = list(make_waves([job.bucket for job in jobs], workload.wave_numel))
+    # As the optimizer does: a forward that waits needs its first parameters first.
+    order = [wave[::-1] for wave in found][::-1] if workload.overlap_forward else found
+    for wave in order:
         step.advance([jobs[index] for index in wave], [gathers[index] for index in wave])
+    jobs = [jobs[index] for wave in order for index in wave]
+    sizes = [job.bucket.numel for job in jobs]
     busy = step.newton_schulz + step.update + step.team
     busiest = int(np.argmax(busy))
     buffers = max(
-        most_in_flight(ready, reduced, sizes) * workload.reduce_itemsize,
+        most_in_flight(ready, reduced, sent) * workload.reduce_itemsize,
         most_in_flight(step.updated, step.gathered, sizes) * workload.param_itemsize,
     )
     inter, intra = _traffic(plans, machine, workload)

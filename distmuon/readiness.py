@@ -21,6 +21,7 @@ class StepSettings(NamedTuple):
     groups: Sequence[GroupSettings]
     loss_scale: float
     limit: float | None
+    overlap_forward: bool = False
 
     def entries(self) -> list[tuple[str, str]]:
         """(what, value) pairs that must be equal on all ranks."""
@@ -30,7 +31,8 @@ class StepSettings(NamedTuple):
             for key, value in group.model_dump().items()
         ]
         scale = ("a loss scale (distmuon.GradScaler keeps it equal) of", repr(self.loss_scale))
-        return [*pairs, scale, ("max_norm", repr(self.limit))]
+        overlapped = ("overlap_forward", repr(self.overlap_forward))
+        return [*pairs, scale, ("max_norm", repr(self.limit)), overlapped]
 
 
 class Readiness(NamedTuple):

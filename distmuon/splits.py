@@ -62,7 +62,7 @@ def row_blocks(name: str, shape: Sequence[int], split: Split | None) -> tuple[in
         raise ParameterError(f'parameter "{name}" of shape {tuple(shape)} cannot be split: it is no matrix.')
     rows = shape[-2]
     if isinstance(split, int):
-        wanted, blocks = f"{split} blocks", (rows // max(split, 1),) * split
+        wanted, blocks = f"{split} blocks", (rows // max(split, 1),) * min(split, rows)
     else:
         listed = isinstance(split, Sequence) and not isinstance(split, str)
         wanted, blocks = (f"{list(split)} rows", tuple(split)) if listed else (repr(split), ())

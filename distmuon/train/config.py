@@ -87,7 +87,7 @@ class OptimizerConfig(Strict):
     policy: Literal["balanced", "flat", "team"] = "balanced"
     """Placement: whole matrices, ZeRO-1's equal contiguous shards, or teams that share large matrices."""
     transport: Literal["auto", "scatter", "owner"] = "auto"
-    """Equal shards in every bucket, unequal ones in smaller buckets, or what overlaps more."""
+    """Equal shards in every bucket, unequal ones in smaller buckets, or the faster of both."""
     bucket_mb: float | None = Field(default=None, gt=0)
     """Least size of a reduce-scatter in MB; None means 25, or 10^6 elements a rank if that is more."""
     overlap_forward: bool = False

@@ -25,7 +25,7 @@ def test_list(arguments: list[str], capsys: Captured) -> None:
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("nss", 'did you mean "ns"?'), ("com", 'did you mean "comm"?'), ("step", "use one of accuracy")],
+    [("nss", 'did you mean "ns"?'), ("com", 'did you mean "comm"?'), ("zzz", "use one of accuracy")],
 )
 def test_unknown_name(name: str, remedy: str, capsys: Captured) -> None:
     assert main(["bench", name]) == 2

@@ -157,6 +157,14 @@ def test_the_jobs_show_what_they_should() -> None:
     assert sorted(plan.world for plan in groups) == [2, 4]
 
 
+@pytest.mark.parametrize("policy", ["balanced", "team"])
+def test_dense_matrices_are_levelled_with_experts(policy: str) -> None:
+    """In both expert groups of two ranks one has the only expert, so the two others get the dense matrices."""
+    shapes = {"w": ((24, 24), "muon"), "experts.w": ((1, 24, 24), "muon"), "v": ((24, 24), "muon")}
+    job = Job(shapes, policy, "owner", ns=JOBS["dense"].ns, experts=("experts.w",))
+    assert len({taken.flops for taken in run_threads(4, measure, job)}) == 1
+
+
 class Sent(threading.local):
     """Bytes that a rank (a thread) really hands to others, as the process group sees them."""
 

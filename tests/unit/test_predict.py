@@ -145,8 +145,8 @@ class TestStep:
         now = Workload(tokens_per_rank=1, flops=late.flops)
         waited = predict([Placed(made)], UNIT, late)
         assert predict([Placed(made)], UNIT, now).exposed_gather == 13
-        # 10 of the 13 s pass behind what comes before p0.
-        assert waited.exposed_gather == 3
+        # p0 is gathered first: from 3 to 15, p1 from 15 to 19. What comes before p0 ends at 14, p0 at 16, p1 at 20.
+        assert waited.exposed_gather == 20 - 12 - 4
 
     def test_cut_matrices_are_completed_and_sent(self) -> None:
         cut = Matrix(0, 0, 1, 8, 5.0, (0, 1), (), (5.0, 5.0))
