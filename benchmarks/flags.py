@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from distmuon.benchmarks.models import CASES
+from distmuon.benchmarks.models import CASES, SMALL
 
 
-def parser(name: str, description: str, worlds: Sequence[int]) -> argparse.ArgumentParser:
+def parser(
+    name: str, description: str, worlds: Sequence[int], models: Sequence[str] = SMALL
+) -> argparse.ArgumentParser:
     """Make a parser with the flags that all have.
 
     Args:
         name: of the benchmark.
         description: its module's docstring.
         worlds: numbers of ranks of a full run.
+        models: models of a full run.
 
     Returns:
         The parser.
@@ -24,7 +27,7 @@ def parser(name: str, description: str, worlds: Sequence[int]) -> argparse.Argum
     )
     shown = ",".join(map(str, worlds))
     made.add_argument("--worlds", type=_numbers(2), default=list(worlds), help=f"numbers of ranks, default {shown}")
-    made.add_argument("--models", type=_models, default=list(CASES), help=f"default {','.join(CASES)}")
+    made.add_argument("--models", type=_models, default=list(models), help=f"default {','.join(models)}")
     made.add_argument("--quick", action="store_true", help="2 ranks and the dense model; nothing is written")
     return made
 

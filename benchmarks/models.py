@@ -82,6 +82,10 @@ class Case:
     """Tokens of a rank's micro-batch, in one sequence."""
     build: Callable[[], nn.Module]
     """Makes the model, with the same weights on every call and rank."""
+    most_ranks: int = 8
+    """Number of ranks up to which all contenders together fit a machine of 24 GiB."""
+    turns: float = 1.0
+    """Part of the rounds of other models that it is timed for."""
 
     def tokens(self, generator: torch.Generator) -> Tensor:
         """Draw a micro-batch.
@@ -118,6 +122,8 @@ def _build_moe() -> nn.Module:
     return MoETransformer(config, 4096, seed=0)
 
 
+# Whose figures do not change with their size, as bytes in proportion do not.
+SMALL = ("dense", "moe")
 CASES = {
     case.name: case
     for case in (
@@ -125,5 +131,11 @@ CASES = {
             "dense", "dense GPT, 4 blocks of width 256, 3.7 M parameters", 1024, 64, lambda: DenseGPT(256, 4, 4, 1024)
         ),
         Case("moe", "moe_mini: 4 blocks of 8 experts, 3.9 M parameters", 4096, 64, _build_moe),
+        Case(
+            *("wide", "dense GPT, 2 blocks of width 768, 15.7 M parameters", 1024, 64),
+            lambda: DenseGPT(768, 2, 12, 1024),
+            most_ranks=2,
+            turns=1 / 3,
+        ),
     )
 }

@@ -1,6 +1,6 @@
 """Seconds of a step: DistMuon, AdamW, torch.optim.Muon, DeepSpeed's Muon and owners that all-gather.
 
-    distmuon bench step [--worlds 2,4] [--models dense,moe] [--rounds 25] [--quick]
+    distmuon bench step [--worlds 2,4] [--models dense,moe,wide] [--rounds 25] [--quick]
 
 All contenders live in the same processes, are verified as for ``comm``, and take turns step by step. The optimizer's
 CPU time is that of a whole training step (all threads of a rank, those that communicate as well; mean of the ranks)
@@ -37,7 +37,7 @@ AIMS = {BALANCED: 0.6, OPT4: 0.45}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time all contenders, print the tables, and after a full run write results and picture."""
-    parser = flags.parser("step", __doc__, WORLDS)
+    parser = flags.parser("step", __doc__, WORLDS, list(CASES))
     parser.add_argument("--rounds", type=flags.at_least(2), help=f"turns of each, default {ROUNDS}")
     options = flags.read(parser, arguments)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
@@ -46,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for world in options.worlds:
         print(f"timing at {world} ranks ...", flush=True)
-        rows += launch("stopwatch", world, ["--models", ",".join(options.models), "--rounds", str(rounds)])
+        for case in (CASES[model] for model in options.models):
+            if world <= case.most_ranks:
+                turns = str(max(2, round(rounds * case.turns)))
+                rows += launch("stopwatch", world, ["--models", case.name, "--rounds", turns])
     judged = judge(rows)
     for model in options.models:
         print(f"\n{CASES[model].title}:\n{table([row for row in rows if row['model'] == model])}")

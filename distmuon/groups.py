@@ -40,14 +40,21 @@ def to_groups(params: Params) -> list[dict[str, Any]]:
     if not items:
         raise ConfigError("params is empty; pass model.named_parameters() or distmuon.param_groups(model).")
     if not isinstance(items[0], Mapping):
-        return _by_shape({"params": items})
+        return _by_shape({"params": items}, 0)
     groups: list[dict[str, Any]] = []
+    before = 0
     for item in items:
         if not isinstance(item, Mapping) or "params" not in item:
             raise ParameterError(
                 f'params mixes groups with {type(item).__name__}; every group is a dict with "params".'
             )
-        groups += [dict(item)] if "kind" in item else _by_shape(dict(item))
+        given = dict(item)
+        given["params"] = members = [given["params"]] if isinstance(given["params"], Tensor) else list(given["params"])
+        if "kind" in given:
+            groups.append({"positions": list(range(before, before + len(members))), **given})
+        else:
+            groups += _by_shape(given, before)
+        before += len(members)
     return groups
 
 
@@ -155,27 +162,33 @@ def check_unchanged(trained: list[BoundParam], frozen: list[BoundParam]) -> None
             )
 
 
-def _by_shape(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Split a group without a kind: matrices to Muon, all else to AdamW."""
+def _by_shape(group: dict[str, Any], before: int) -> list[dict[str, Any]]:
+    """Split a group without a kind: matrices to Muon, all else to AdamW; their order stays that of the list."""
     members = group.pop("params")
-    members = [members] if isinstance(members, Tensor) else list(members)
     split: dict[Kind, list[Any]] = {"muon": [], "adamw": []}
+    positions: dict[Kind, list[int]] = {"muon": [], "adamw": []}
     by_name: list[str] = []
-    for member in members:
+    for position, member in enumerate(members, start=before):
         name, tensor = member if isinstance(member, tuple) else ("", member)
         if not isinstance(tensor, Tensor):
             raise ParameterError(f"params holds a {type(tensor).__name__}; it takes tensors or (name, tensor) pairs.")
         table = bool(_NAMED_LIKE_A_TABLE.search(name))
         if tensor.ndim == 2 and table:
             by_name.append(name)
-        split["muon" if tensor.ndim in (2, 3) and not table else "adamw"].append(member)
+        kind: Kind = "muon" if tensor.ndim in (2, 3) and not table else "adamw"
+        split[kind].append(member)
+        positions[kind].append(position)
     if by_name:
         log.warning(
             "routed to AdamW by name, since parameters carry no module types: %s; distmuon.param_groups(model) "
             "routes by module type",
             ", ".join(by_name),
         )
-    return [{**group, "params": chosen, "kind": kind} for kind, chosen in split.items() if chosen]
+    return [
+        {**group, "params": chosen, "kind": kind, "positions": positions[kind]}
+        for kind, chosen in split.items()
+        if chosen
+    ]
 
 
 def _check(param: BoundParam) -> None:

@@ -276,3 +276,17 @@ def test_a_learning_rate_may_be_a_tensor_and_betas_a_list() -> None:
     optimizer = Muon([{"params": [vector()], "kind": "adamw", "lr": torch.tensor(0.5), "betas": [0.5, 0.75]}])
     settings = check_group(optimizer.param_groups[0])
     assert (settings.lr, settings.betas) == (0.5, (0.5, 0.75))
+
+
+def test_the_order_of_the_model_outlasts_the_split_by_kind() -> None:
+    """Or all biases would be in one bucket, which is complete when backward ends."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    extra = torch.nn.Linear(4, 2)
+    groups = to_groups([{"params": list(model.named_parameters())}, {"params": extra.parameters(), "kind": "adamw"}])
+    assert [(group["kind"], group["positions"]) for group in groups] == [
+        ("muon", [0, 2]),
+        ("adamw", [1, 3]),
+        ("adamw", [4, 5]),
+    ]
+    (plan,) = DistMuon(model.named_parameters()).plans
+    assert [spec.name for spec in plan.params] == [name for name, _ in model.named_parameters()]
