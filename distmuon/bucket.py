@@ -15,6 +15,9 @@ from distmuon.bricks import Kind, Matrix
 from distmuon.placement import Piece
 from distmuon.plan import BucketPlan
 
+# Larger buffers are few, and cost too much when they lie idle.
+_KEPT_BYTES = 2**26
+
 
 @dataclass(frozen=True)
 class BoundParam:
@@ -118,6 +121,7 @@ class Bucket:
         self._padded = placed < plan.numel
         second = sum(span.length for span in self.spans if span.kind == "adamw")
         self.updates = 0
+        self._kept: dict[torch.dtype, Tensor] = {}
         self.first_moment = self._zeros(plan.lengths[rank])
         self.second_moment = self._zeros(second)
         self.master = None if self.dtype == torch.float32 else self.pack_shard().float()
@@ -146,13 +150,34 @@ class Bucket:
         Returns:
             [full] tensor.
         """
-        complete = not self._padded and all(self.params[index].tensor.grad is not None for index in self.plan.params)
-        make = torch.empty if complete else torch.zeros
-        full = make(self.plan.numel, dtype=dtype, device=self.device)
+        full = self.take_buffer(dtype)
+        if self._padded or any(self.params[index].tensor.grad is None for index in self.plan.params):
+            full.zero_()
         for index in self.plan.params:
             for given, place in self._grads(index, full):
                 place.copy_(given)
         return full
+
+    def take_buffer(self, dtype: torch.dtype) -> Tensor:
+        """Get a full buffer with any content.
+
+        Args:
+            dtype: of its elements.
+
+        Returns:
+            [full] tensor; on a CPU what was given back before, if there is one.
+        """
+        kept = self._kept.pop(dtype, None)
+        return torch.empty(self.plan.numel, dtype=dtype, device=self.device) if kept is None else kept
+
+    def give_back(self, full: Tensor) -> None:
+        """Keep a buffer for the next use: mapping memory anew costs a CPU more than what is done with it.
+
+        Args:
+            full: [full] tensor that nobody reads or writes any more.
+        """
+        if full.device.type == "cpu" and full.nbytes <= _KEPT_BYTES and full.numel() == self.plan.numel:
+            self._kept[full.dtype] = full
 
     def accumulate_grad(self, index: int, full: Tensor) -> None:
         """Add one parameter's gradient, if it has one, to a full buffer.

@@ -200,18 +200,20 @@ class Group:
 
     def _exchange_and_sum(self, full: Tensor, lengths: Sequence[int]) -> Pending:
         """Send every rank its shard and sum there in the order of the ranks, wherever an element lies."""
-        parts = list(torch.split(full, list(lengths)))
-        received = full.new_empty(self.size, lengths[self.rank])
-        received[self.rank].copy_(parts[self.rank])
+        own = lengths[self.rank]
         work: Any
         if self._backend(full.device) == "gloo":
-            work = self._exchange(parts, list(received))
+            parts = list(torch.split(full, list(lengths)))
+            others = list(full.new_empty(self.size - 1, own))
+            received = [*others[: self.rank], parts[self.rank], *others[self.rank :]]
+            work = self._exchange(parts, received)
         else:
-            own = [lengths[self.rank]] * self.size
-            flat = received.view(-1)
-            work = dist.all_to_all_single(flat, full, own, list(lengths), group=self.process_group, async_op=True)
+            flat = full.new_empty(self.size * own)
+            received = list(flat.view(self.size, own))
+            splits = [own] * self.size, list(lengths)
+            work = dist.all_to_all_single(flat, full, *splits, group=self.process_group, async_op=True)
         watched = self._watched("reduce_scatter", full, work)
-        return Pending(received, watched, (full, received), _sum_in_order)
+        return Pending(full, watched, [full, *received], lambda _: _sum_in_order(received))
 
     def _exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Exchange:
         self._exchanges = (self._exchanges + 1) % _TAGS
@@ -264,10 +266,10 @@ def own_process_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> d
     return group
 
 
-def _sum_in_order(parts_DN: Tensor) -> Tensor:
+def _sum_in_order(parts: Sequence[Tensor]) -> Tensor:
     """Sum over the ranks in float32, each element in the same order whatever its place."""
-    total_N = parts_DN[0].to(torch.float32, copy=True)
-    for part_N in parts_DN[1:]:
+    total_N = parts[0].to(torch.float32, copy=True)
+    for part_N in parts[1:]:
         total_N += part_N
     return total_N
 

@@ -157,4 +157,6 @@ class ForwardOverlap:
         if number in self._pending:
             bucket, pending = self._pending.pop(number)
             with self._clock("gather"):
-                bucket.unpack(pending.wait())
+                full = pending.wait()
+                bucket.unpack(full)
+                bucket.give_back(full)

@@ -88,7 +88,7 @@ def apply(
     Returns:
         [full] buffer in the parameters' dtype, of which this rank's shard is filled in.
     """
-    full = torch.empty(bucket.plan.numel, dtype=bucket.dtype, device=bucket.device)
+    full = bucket.take_buffer(bucket.dtype)
     weights = bucket.load_weights(full)
     bucket.updates += 1
     for held in bucket.held:

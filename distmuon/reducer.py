@@ -27,6 +27,7 @@ class BucketReduction:
     ready: set[int] = field(default_factory=set)
     accumulated: Tensor | None = None
     pending: Pending | None = None
+    full: Tensor | None = None
     mean: Tensor | None = None
     marks: dict[int, tuple[int, int] | None] = field(default_factory=dict)
 
@@ -40,6 +41,9 @@ class BucketReduction:
         if self.pending is not None:
             total = self.pending.wait().float()
             self.mean, self.pending = total.div_(self.divisor) if self.divisor > 1 else total, None
+            if self.full is not None and self.full is not total:
+                self.bucket.give_back(self.full)
+            self.full = None
 
     def take_mean(self) -> Tensor:
         """Hand over the mean gradient of the shard, and let go of it."""
@@ -138,7 +142,7 @@ class Reducer:
         for reduction in self.reductions:
             if reduction.pending is not None:
                 reduction.pending.wait()
-            reduction.pending = reduction.mean = reduction.accumulated = None
+            reduction.pending = reduction.full = reduction.mean = reduction.accumulated = None
             reduction.ready.clear()
             reduction.marks.clear()
         self._next = 0
@@ -212,7 +216,7 @@ class Reducer:
                 # Gradients that came by assignment, past the hooks.
                 for index in reduction.bucket.plan.params:
                     reduction.bucket.accumulate_grad(index, full)
-            full = full.to(self._reduce_dtype)
+            full = reduction.full = full.to(self._reduce_dtype)
             reduction.pending = reduction.group.reduce_scatter(full, reduction.bucket.plan.lengths)
             reduction.accumulated = None
             reduction.marks = reduction.bucket.grad_marks()

@@ -103,6 +103,7 @@ def measure(
     reduce: torch.dtype,
     muon: bool,
     bucket_mb: float,
+    transport: Literal["scatter", "owner"],
 ) -> Measured:
     """One step after a first one that warms up; all gradients present."""
     source = torch.Generator().manual_seed(3)
@@ -113,7 +114,8 @@ def measure(
     groups: list[dict[str, Any]] = [{"params": others, "kind": "adamw"}]
     if matrices:
         groups.insert(0, {"params": matrices, "kind": "muon"})
-    opt = distmuon.DistMuon(groups, policy=policy, reduce_dtype=reduce, bucket_mb=bucket_mb, max_grad_norm=1.0)
+    settings = {"policy": policy, "transport": transport, "reduce_dtype": reduce, "bucket_mb": bucket_mb}
+    opt = distmuon.DistMuon(groups, max_grad_norm=1.0, **settings)  # type: ignore[arg-type]
     for _ in range(2):
         trace.calls.clear()
         opt.traffic.reset()
@@ -140,8 +142,9 @@ def measured(
     reduce: torch.dtype = torch.float32,
     muon: bool = True,
     bucket_mb: float = 0.004,
+    transport: Literal["scatter", "owner"] = "scatter",
 ) -> list[Measured]:
-    return run_threads(world, measure, trace, policy, dtype, reduce, muon, bucket_mb)
+    return run_threads(world, measure, trace, policy, dtype, reduce, muon, bucket_mb, transport)
 
 
 def adamw_zero1(world: int, dtype: torch.dtype, reduce: torch.dtype) -> float:
@@ -177,6 +180,17 @@ def test_balanced_sends_what_adamw_sends(
         sent = sum(call.wire for call in bulk(muon[rank].calls))
         assert sent == pytest.approx(adamw_zero1(world, dtype, reduce), rel=1e-12)
         assert sent == pytest.approx(sum(call.wire for call in bulk(adamw[rank].calls)), rel=1e-12)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_owners_send_what_adamw_sends_on_average(tracer: Tracer, world: int) -> None:
+    """Without a reduce-scatter: every rank's piece is sent to it, and broadcast by it."""
+    ranks = measured(tracer, world, transport="owner")
+    sent = [sum(call.wire for call in bulk(rank.calls)) for rank in ranks]
+    assert sum(sent) == pytest.approx(world * adamw_zero1(world, torch.float32, torch.float32), rel=1e-12)
+    if world > 1:
+        families = {call.family for call in bulk(ranks[0].calls)}
+        assert families >= {"all_to_all", "broadcast"}
 
 
 @pytest.mark.parametrize("policy", ["balanced", "flat"])
