@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,14 @@ from distmuon.planner import default_bucket_numel, make_plan
 from distmuon.reducer import BucketReduction
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+
+class Domain(NamedTuple):
+    """What parameters of one flat buffer have in common; no name of experts is the data-parallel group."""
+
+    experts: str
+    dtype: torch.dtype
+    device: torch.device
 
 
 def build(
@@ -56,33 +64,37 @@ def build(
         # Ranks whose own expert groups agree learn here of groups that do not.
         check_agreement(main, [])
     domains = _by_domain(params, groups, main, experts)
+    plans = _plan(domains, main, experts, settings)
     position = {id(param.tensor): number for number, param in enumerate(params)}
-    plans: dict[tuple[str, torch.dtype, torch.device], Plan] = {}
     placed: list[tuple[int, BucketReduction]] = []
-    loads = [0.0]
-    # Experts first: what they cost a rank is what the others, which more ranks share, are then levelled with.
-    for key, members in sorted(domains.items(), key=lambda item: not item[0][0]):
-        group = experts[key[0]] if key[0] else main
-        if group is main and len(loads) == 1:
-            loads = [float(text) for text in main.all_gather_text(repr(loads[0]))]
-        specs = [ParamSpec(p.name, tuple(p.tensor.shape), p.kind, p.split) for p in members]
-        itemsize = _ITEMSIZE[settings.reduce_dtype]
-        numel = default_bucket_numel(group.size, itemsize)
-        if settings.bucket_mb is not None:
-            numel = max(1, int(settings.bucket_mb * 1e6) // itemsize)
-        fraction = find_products(members[0].tensor.device, settings.ns).symmetric_fraction
-        begun = loads if group is main else ()
-        how = settings.policy, numel, settings.transport, settings.ns, fraction
-        plan = plans[key] = make_plan(specs, group.size, *how, begun)
-        if group is main:
-            loads = [load + plan.newton_schulz_flops(rank) for rank, load in enumerate(loads)]
-        else:
-            loads = [loads[0] + plan.newton_schulz_flops(group.rank)]
-        for bucket in plan.buckets:
+    for key, members in domains.items():
+        group = experts[key.experts] if key.experts else main
+        for bucket in plans[key].buckets:
             reduction = BucketReduction(Bucket(bucket, group.rank, members), group, main.size)
             placed.append((-position[id(members[bucket.params[0]].tensor)], reduction))
     placed.sort(key=lambda item: item[0])
     return [plans[key] for key in domains], [reduction for _, reduction in placed]
+
+
+def _plan(
+    domains: Mapping[Domain, Sequence[BoundParam]], main: Group, experts: Mapping[str, Group], settings: ShardSettings
+) -> dict[Domain, Plan]:
+    """Plan experts first: what they cost each rank is what the others, which all ranks share, are levelled with."""
+    itemsize = _ITEMSIZE[settings.reduce_dtype]
+    plans: dict[Domain, Plan] = {}
+    own = 0.0
+    for key in sorted(domains, key=lambda key: not key.experts):
+        group = experts[key.experts] if key.experts else main
+        specs = [ParamSpec(p.name, tuple(p.tensor.shape), p.kind, p.split) for p in domains[key]]
+        numel = default_bucket_numel(group.size, itemsize)
+        if settings.bucket_mb is not None:
+            numel = max(1, int(settings.bucket_mb * 1e6) // itemsize)
+        loads = () if key.experts else [float(text) for text in main.all_gather_text(repr(own))]
+        fraction = find_products(key.device, settings.ns).symmetric_fraction
+        how = settings.policy, numel, settings.transport, settings.ns, fraction
+        plans[key] = make_plan(specs, group.size, *how, loads)
+        own += plans[key].newton_schulz_flops(group.rank)
+    return plans
 
 
 def describe(
@@ -125,12 +137,12 @@ def _by_domain(
     groups: Sequence[Mapping[str, Any]],
     main: Group,
     experts: Mapping[str, Group],
-) -> dict[tuple[str, torch.dtype, torch.device], list[BoundParam]]:
+) -> dict[Domain, list[BoundParam]]:
     """Parameters that can share a flat buffer; an expert group of the same ranks as the main one is the main one."""
-    found: dict[tuple[str, torch.dtype, torch.device], list[BoundParam]] = {}
+    found: dict[Domain, list[BoundParam]] = {}
     for param in params:
         name = groups[param.group].get("expert_group", "")
         if name and experts[name].ranks == main.ranks:
             name = ""
-        found.setdefault((name, param.tensor.dtype, param.tensor.device), []).append(param)
+        found.setdefault(Domain(name, param.tensor.dtype, param.tensor.device), []).append(param)
     return found

@@ -25,8 +25,9 @@ BANNED_MODULES = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 BANNED_KEYWORDS = {"shell": True, "weights_only": False}
 # Arithmetic and placement must run, and be tested, without a process group; import-linter sees only "torch".
 RANK_FREE = {
-    *("adamw", "bucket", "clock", "coefficients", "completion", "config", "errors", "groups", "layout"),
-    *("newton_schulz", "placement", "plan", "routing", "scaling", "update"),
+    *("adamw", "batches", "blocks", "bricks", "bucket", "clock", "coefficients", "completion", "config", "errors"),
+    *("groups", "link", "machine", "newton_schulz", "owners", "placement", "plan", "planner", "predict", "routing"),
+    *("scaling", "simulate", "splits", "timeline", "update", "waves"),
 }
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

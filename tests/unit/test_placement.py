@@ -55,7 +55,8 @@ def test_shards_are_level_and_padding_is_less_than_an_element_a_rank(
     plan = make_plan(specs(shapes), world, policy, bucket)
     for b in plan.buckets:
         assert len(b.pieces) == world
-        assert b.even and 0 <= b.numel - size(b) < world
+        assert b.even
+        assert 0 <= b.numel - size(b) < world
         for shard in b.pieces:
             ends = [piece.offset + piece.length for piece in shard]
             assert [piece.offset for piece in shard] == [0, *ends[:-1]][: len(shard)]
