@@ -181,7 +181,7 @@ def test_pictures() -> None:
     rows = [step_row(name, 1.0, model) for model in CASES for name in (BALANCED, RIVAL)]
     figure = step_chart.draw_step(rows)
     labels = [tick.get_text() for tick in figure.axes[1].get_yticklabels()]
-    assert (len(figure.axes), labels) == (2, [BALANCED, RIVAL])
+    assert (len(figure.axes), labels) == (len(CASES), [BALANCED, RIVAL])
     counted = [comm_row(name, world) for world in (2, 4, 8) for name in (BALANCED, RIVAL)]
     figure = step_chart.draw_comm([*counted, *(comm_row(BALANCED, world, "dense") for world in (2, 4, 8))])
     assert len(figure.axes[0].patches) == 2 * 3
