@@ -47,3 +47,10 @@ def test_measured_bytes_of_balanced_equal_adamw() -> None:
 def test_pictures_exist() -> None:
     for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
         assert (ROOT / path).stat().st_size > 1000
+
+
+def test_predictions_on_links_are_as_close_as_stated() -> None:
+    contenders = json.loads((comm.RESULTS.parent / "links.json").read_text())["contenders"]
+    errors = [abs(row["error"]) for contender in contenders for row in contender["rows"]]
+    assert len(errors) >= 25
+    assert max(errors) <= 0.2
