@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
+    from distmuon.bricks import ParamSpec
     from distmuon.dist_muon import DistMuon
     from distmuon.grad_scaler import GradScaler
     from distmuon.muon import Muon
     from distmuon.newton_schulz import orthogonalize
     from distmuon.ns_settings import NewtonSchulz
+    from distmuon.planner import make_plan
     from distmuon.routing import param_groups, routes
 
 __version__ = "0.1.0"
@@ -26,12 +28,25 @@ _HOMES = {
     "GradScaler": "distmuon.grad_scaler",
     "Muon": "distmuon.muon",
     "NewtonSchulz": "distmuon.ns_settings",
+    "ParamSpec": "distmuon.bricks",
+    "make_plan": "distmuon.planner",
     "orthogonalize": "distmuon.newton_schulz",
     "param_groups": "distmuon.routing",
     "routes": "distmuon.routing",
 }
 
-__all__ = ["DistMuon", "GradScaler", "Muon", "NewtonSchulz", "__version__", "orthogonalize", "param_groups", "routes"]
+__all__ = [
+    "DistMuon",
+    "GradScaler",
+    "Muon",
+    "NewtonSchulz",
+    "ParamSpec",
+    "__version__",
+    "make_plan",
+    "orthogonalize",
+    "param_groups",
+    "routes",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,16 @@ def test_training_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "hidden matrix" in capsys.readouterr().out
 
 
+def test_code_of_the_placement_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "placement.md").read_text()
+    for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(code, "placement.md", "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out.splitlines() == [
+        "scatter [40576, 40576, 40576, 40576] 486912",
+        "[('muon', (64, 64, 64)), ('muon', (256, 256)), ('adamw', None)]",
+    ]
+
+
 def test_json_is_a_distmuon_configuration() -> None:
     from distmuon.config import ShardSettings, parse
 
