@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _first():
             print(f"distmuon {given[0]}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Whoever reads has enough, as `head` has; nothing is left to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _train(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ sections 4.1 to 4.5; the hops between and within nodes are added up as NCCL's tu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, log2
 from typing import Literal, get_args
 
 from distmuon.errors import ConfigError
@@ -59,9 +60,9 @@ def collective_seconds(kind: Collective, numel_bytes: float, world: int, link: L
     """Predict how long a collective takes.
 
     Args:
-        kind: "reduce_scatter", "all_gather", "all_reduce": rings. "owner_reduce", "owner_broadcast": pieces of any
-            lengths, each reduced to or sent from its owner along a ring, in one group call. "all_to_all": every rank
-            sends a part of its buffer to every other rank, directly.
+        kind: "reduce_scatter", "all_gather": rings; "all_reduce": a ring or a tree, what is faster. "owner_reduce",
+            "owner_broadcast": pieces of any lengths, each reduced to or sent from its owner along a ring, in one group
+            call. "all_to_all": every rank sends a part of its buffer to every other rank, directly.
         numel_bytes: bytes of the full buffer, which every rank has (or gets); for "all_to_all" the bytes of a rank's
             send buffer, or of the busiest one's.
         world: ranks of the group.
@@ -92,7 +93,9 @@ def collective_seconds(kind: Collective, numel_bytes: float, world: int, link: L
     if nodes > 1 and local > 1:
         bandwidth = min(bandwidth, link.bandwidth)
     if kind == "all_reduce":
-        return link.overhead + 2 * (latency + moved / bandwidth)
+        # What is short goes up and down a tree, which has fewer hops than a ring.
+        tree = ceil(log2(local)) * link.latency + ceil(log2(nodes)) * (inter_latency or link.latency)
+        return link.overhead + 2 * min(latency + moved / bandwidth, tree + numel_bytes / bandwidth)
     if kind in ("owner_reduce", "owner_broadcast"):
         moved = numel_bytes - least
     return link.overhead + latency + moved / bandwidth

@@ -236,14 +236,16 @@ def _runs(index: int, spec: ParamSpec, matrices: Sequence[Matrix]) -> list[Run]:
 
 def _bucket(shards: Shards, matrices: dict[int, list[Matrix]], work: Work, teams: bool) -> BucketPlan:
     """Find out which ranks have a piece of each matrix."""
+    touched = {piece.param for shard in shards.pieces for piece in shard}
+    begins = {param: [matrix.start for matrix in matrices[param]] for param in touched}
     # (parameter, number of its matrix) -> a piece of it by rank.
     found: dict[tuple[int, int], dict[int, Piece]] = {}
     for rank, shard in enumerate(shards.pieces):
         for piece in shard:
-            candidates = matrices[piece.param]
+            starts = begins[piece.param]
             end = piece.start + 1 if piece.width else piece.end
-            place = bisect_right(candidates, piece.start, key=lambda matrix: matrix.start) - 1
-            while 0 <= place < len(candidates) and candidates[place].start < end:
+            place = bisect_right(starts, piece.start) - 1
+            while 0 <= place < len(starts) and starts[place] < end:
                 found.setdefault((piece.param, place), {}).setdefault(rank, piece)
                 place += 1
     held = tuple(work.held(matrices[param][place], pieces, teams) for (param, place), pieces in sorted(found.items()))

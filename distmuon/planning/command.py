@@ -46,19 +46,28 @@ def plan_text(arguments: Sequence[str]) -> str:
     machine = parse(Machine, read_toml(Path(flags.machine)), flags.machine) if flags.machine else Machine()
     ns = parse(NewtonSchulz, {"preset": flags.ns_preset}, "--ns-preset")
     if flags.plot:
-        _check_matplotlib()
+        _check_plot(Path(flags.plot))
     with _without_collector():
         outcomes = [plan_world(_request(flags, model, machine, ns, world)) for world in _worlds(flags.world)]
     if flags.plot:
         from distmuon.planning.picture import draw
 
-        draw(outcomes[-1], Path(flags.plot))
+        try:
+            draw(outcomes[-1], Path(flags.plot))
+        except OSError as error:
+            raise ConfigError(f"--plot {flags.plot} cannot be written: {error}.") from None
     if flags.json:
         return json.dumps(as_json(model, outcomes, flags.table), indent=1)
     return as_text(model, outcomes, flags.table) + (f"\npicture: {flags.plot}" if flags.plot else "")
 
 
-def _check_matplotlib() -> None:
+def _check_plot(path: Path) -> None:
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--plot {path} is not legal: name a .png, .pdf or .svg file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--plot {path} cannot be written: {error}.") from None
     try:
         importlib.import_module("matplotlib")
     except ImportError:
@@ -120,14 +129,16 @@ def _worlds(text: str) -> list[int]:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
 
 
 def _above_zero(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value

@@ -97,7 +97,8 @@ def compare(choice: Choice, plans: Sequence[Placed], held: Holdings, machine: Ma
         what=choice.what,
         buckets=len(buckets),
         largest_bucket_bytes=max((bucket.numel for bucket in buckets), default=0) * workload.reduce_itemsize,
-        padding=sum(plan.padding for plan, _ in plans) / max(1, sum(plan.numel for plan, _ in plans)),
+        padding=sum(plan.padding * stride for plan, stride in plans)
+        / max(1, sum(plan.numel * stride for plan, stride in plans)),
         bricks=spread(held.bricks),
         newton_schulz_max_over_mean=float(held.flops.max()) * len(held.flops) / total if total else 1.0,
         newton_schulz_sum_over_once=total / once if total else 0.0,

@@ -112,7 +112,11 @@ def _world_lines(outcome: Outcome) -> list[str]:
     for label, cell in _LINES:
         table.append([label, *(cell(row) for row in outcome.rows)])
     table.insert(_BYTES_AT, ["bytes / AdamW", *(f"{row.bytes / adamw:.3f}" if adamw else "-" for row in outcome.rows)])
-    return [head, *_columns(table, numbers=True), "* what DistMuon takes with these settings"]
+    return [
+        head,
+        *_columns(table, numbers=True),
+        '* what DistMuon takes with these settings; "auto" is decided for the default machine',
+    ]
 
 
 def _spread(value: Spread, form: Callable[[float], str]) -> str:

@@ -233,6 +233,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; run files are in configs/runs.") from None
+        folders = "configs/runs, configs/models and configs/machines"
+        raise ConfigError(f"{path} does not exist; look in {folders}.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}.") from None

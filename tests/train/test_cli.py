@@ -55,7 +55,7 @@ def test_nothing_given(capsys: Captured) -> None:
 def test_unknown_command(capsys: Captured) -> None:
     assert main(["trian", DEBUG]) == 2
     shown = capsys.readouterr()
-    assert shown.err == 'distmuon: unknown command "trian"; use one of train, report, bench, doctor.\n'
+    assert shown.err == 'distmuon: unknown command "trian"; use one of train, plan, report, bench, doctor.\n'
     assert shown.out == ""
 
 
@@ -79,7 +79,8 @@ def test_train_without_a_run_file(arguments: list[str], capsys: Captured) -> Non
 
 def test_missing_file(capsys: Captured, started: list[Any]) -> None:
     assert main(["train", "gone.toml"]) == 1
-    assert capsys.readouterr().err == "distmuon train: gone.toml does not exist; run files are in configs/runs.\n"
+    said = "distmuon train: gone.toml does not exist; look in configs/runs, configs/models and configs/machines.\n"
+    assert capsys.readouterr().err == said
     assert started == []
 
 

@@ -210,7 +210,7 @@ def test_a_run_file_may_hold_its_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "{path} does not exist; run files are in configs/runs."),
+        (None, "{path} does not exist; look in configs/runs, configs/models and configs/machines."),
         (b"name = \n", "{path} cannot be read as TOML: "),
         (b"name = '\xff'\n", "{path} cannot be read as TOML: "),
         (b"model = 'gone.toml'\n", "{dir}/gone.toml does not exist; "),

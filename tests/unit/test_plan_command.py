@@ -182,6 +182,14 @@ class TestFlags:
             assert str(path) in plan_text([*DEBUG, "--world", world, "--plot", str(path)])
             assert struct.unpack(">II", path.read_bytes()[16:24]) == (1350, 930)
 
+    @pytest.mark.parametrize("path", ["plan", "plan.xyz", "{file}/plan.png"])
+    def test_a_picture_that_cannot_be_written_is_refused_before_planning(self, path: str, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        given = path.format(file=tmp_path / "file")
+        with pytest.raises(ConfigError) as caught:
+            plan_text([*DEBUG, "--world", "nonsense", "--plot", given])
+        assert str(caught.value).startswith(f"--plot {given} ")
+
     def test_text(self) -> None:
         text = plan_text([*DEBUG, "--world", "2", "--table", "all"])
         assert "debug: 45,472 parameters" in text
