@@ -23,7 +23,7 @@ OPT4 = "DistMuon balanced opt4"
 ADAMW = "AdamW ZeRO-1 on DistMuon's path"
 # DistMuon promises the same bits; where a team sums in another order, a bfloat16 iteration amplifies that, the more the
 # fewer directions a gradient has.
-_EQUAL, _ROUNDED = 1e-6, 0.2
+_EQUAL, _ROUNDED = 1e-6, 0.1
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
     distmuon bench memory [--worlds 2,4,8] [--models dense,moe] [--quick]
 
-State is every tensor that an optimizer keeps from step to step: moments, master copies (DeepSpeed's ZeRO has them for
-float32 parameters, too) and momentum staged for a step. FLOPs are those of matrix products in a step, less those of the
+State is every tensor that a later step depends on: moments, master copies (DeepSpeed's ZeRO has them for float32
+parameters, too) and momentum staged for a step; buffers that are only kept to be used again are none. FLOPs are those of matrix products in a step, less those of the
 model alone; "once" is every matrix orthogonalized once by the same method. Contenders are verified as for ``comm``.
 """
 

@@ -1,7 +1,8 @@
 """Muon as K. Jordan's repository distributes it, in plain code: a baseline.
 
 Gradients are all-reduced by DistributedDataParallel; rank i mod d orthogonalizes matrix i; every d matrices one
-all-gather of parameters. The original fails where d matrices differ in shape; here those are padded to the largest.
+all-gather of parameters. Where d matrices differ in shape the original fails on gloo; here those are padded to the
+largest, which costs bytes that NCCL, which gathers unequal tensors, would not send.
 
 Source: K. Jordan et al., "Muon", 2024.
 """

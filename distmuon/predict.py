@@ -13,7 +13,6 @@ import numpy as np
 
 from distmuon.link import Collective, Link, collective_seconds
 from distmuon.machine import Machine, Workload
-from distmuon.plan import Plan
 from distmuon.simulate import (
     Job,
     Placed,
@@ -35,7 +34,6 @@ __all__ = [
     "Prediction",
     "Workload",
     "collective_seconds",
-    "exposed_reduce",
     "predict",
 ]
 
@@ -82,26 +80,6 @@ class Prediction:
         return self.forward + self.backward + self.optimizer
 
 
-def exposed_reduce(
-    plan: Plan, machine: Machine | None = None, workload: Workload | None = None, stride: int = 1
-) -> float:
-    """Predict for how long after backward gradients are still being reduced; fast, for comparing plans.
-
-    Args:
-        plan: the plan.
-        machine: the cluster; None means ``Machine()``.
-        workload: tokens and precisions; None means ``Workload()``.
-        stride: distance of the group's ranks.
-
-    Returns:
-        Seconds.
-    """
-    machine, workload = machine or Machine(), workload or Workload()
-    backward, jobs = make_jobs([Placed(plan, stride)], machine, workload)
-    ends = take_turns([job.ready for job in jobs], [reduce_seconds(job, machine, workload) for job in jobs])
-    return max(0.0, ends[-1] - backward) if ends else 0.0
-
-
 def predict(plans: Sequence[Placed], machine: Machine, workload: Workload) -> Prediction:
     """Predict one step.
 
@@ -145,7 +123,7 @@ def predict(plans: Sequence[Placed], machine: Machine, workload: Workload) -> Pr
         newton_schulz=float(step.newton_schulz[busiest]),
         update=float(step.update[busiest]),
         gather=sum(gathers),
-        exposed_gather=_complete(plans, jobs, step, machine, workload) - float(busy[busiest]),
+        exposed_gather=max(0.0, _complete(plans, jobs, step, machine, workload) - float(busy[busiest])),
         peak_buffer_bytes=int(buffers + step.shard.max() * 4),
         inter_node_bytes=round(inter),
         intra_node_bytes=round(intra),

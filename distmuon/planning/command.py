@@ -167,7 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--reduce-dtype", choices=tuple(_ITEMSIZE), default="fp32", help="in which gradients are summed")
     add("--tokens-per-rank", type=_positive, default=8192, metavar="N", help="of a rank's last forward and backward")
     add("--overlap-forward", action="store_true", help="leave all-gathers under way when the next forward starts")
-    add("--ns-preset", choices=get_args(PresetName), default="papers", help="Newton-Schulz coefficients")
+    presets = [name for name in get_args(PresetName) if name != "custom"]
+    add("--ns-preset", choices=presets, default="papers", help="Newton-Schulz coefficients")
     add("--router", choices=get_args(Kind), default="muon", help="rule of the experts' routers")
     add("--vocab", type=_positive, metavar="N", help="rows of the embedding (default: the model file's)")
     tables = "also print: the rule of every parameter, what every rank holds, or both"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from distmuon.clock import PhaseClock
 from distmuon.timeline import Span, Timeline, overlap
 from distmuon.train.config import RunConfig
 from distmuon.train.metrics import TRACE_NAME, RankOverlap, TraceRecord
+
+log = logging.getLogger(__name__)
 
 _ROWS = {"compute": 0, "waiting": 1, "communication": 2}
 
@@ -91,7 +94,11 @@ class Tracer:
         self.close()
         rank = dist.get_rank()
         mine = RankTrace(rank, socket.gethostname(), self._zero, timeline.dropped, timeline.spans)
-        self._part(rank).write_text(json.dumps(mine), encoding="utf-8")
+        try:
+            self._part(rank).write_text(json.dumps(mine), encoding="utf-8")
+        except OSError as error:
+            # A run goes on without its picture.
+            log.warning("rank %d cannot write its part of the timeline: %s", rank, error)
         dist.barrier()
         return self._merge(update) if rank == 0 else None
 
@@ -107,7 +114,11 @@ class Tracer:
         return self.path.with_name(f".trace-rank{rank}.json")
 
     def _merge(self, update: int) -> TraceRecord:
-        parts = [self._part(rank) for rank in range(dist.get_world_size())]
+        parts = [part for part in map(self._part, range(dist.get_world_size())) if part.exists()]
+        if len(parts) < dist.get_world_size():
+            log.warning(
+                "the timeline has %d of %d ranks: the others share no folder", len(parts), dist.get_world_size()
+            )
         traces = [_read(part) for part in parts]
         whole = self.path.with_name(f".{TRACE_NAME}.part")
         whole.write_text(json.dumps(chrome_trace(traces)), encoding="utf-8")

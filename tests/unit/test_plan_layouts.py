@@ -13,7 +13,7 @@ from distmuon.planner import make_plan
 from distmuon.planning.holdings import holdings
 from distmuon.planning.layouts import adamw, padded_owners
 from distmuon.planning.outcome import plan_world, transported
-from distmuon.predict import Placed, exposed_reduce
+from distmuon.predict import Machine, Placed, Workload, predict
 from tests.unit.plan_requests import request, specs_of
 
 NS = NewtonSchulz()
@@ -22,7 +22,8 @@ NS = NewtonSchulz()
 def test_auto_takes_no_cut_matrices_however_fast_they_are_reduced() -> None:
     specs = [ParamSpec(str(i), (64, 64), "muon") for i in range(3)]
     cut, owned = make_plan(specs, 2, "flat", 10**6), make_plan(specs, 2, "balanced", 10**6, "owner")
-    assert exposed_reduce(cut) <= exposed_reduce(owned)
+    exposed = [predict([Placed(plan)], Machine(), Workload()).exposed_reduce for plan in (cut, owned)]
+    assert exposed[0] <= exposed[1]
     assert transported(Placed(cut), Placed(owned)).plan is owned
     level = make_plan(specs[:2], 2, "balanced", 10**6, "scatter")
     assert transported(Placed(level), Placed(owned)).plan is level

@@ -15,7 +15,7 @@ from distmuon.machine import Machine, Workload
 from distmuon.placement import Piece
 from distmuon.plan import BucketPlan, Plan
 from distmuon.planner import make_plan
-from distmuon.predict import Placed, exposed_reduce, predict
+from distmuon.predict import Placed, predict
 from distmuon.simulate import most_in_flight
 
 MACHINES = Path(__file__).resolve().parents[2] / "configs" / "machines"
@@ -69,12 +69,11 @@ class TestStep:
         assert (found.forward, found.backward) == (4, 8)
         # A bucket of 2 elements of 4 bytes, 2 ranks: 4 s. The first is sent from 4 to 8, the second from 8 to 12.
         assert (found.reduce, found.exposed_reduce) == (8, 4)
-        assert exposed_reduce(made, UNIT, self.WORK) == 4
 
     def test_the_link_takes_one_bucket_at_a_time(self) -> None:
         buckets = [bucket([(0, 1, 1)], (5, 5)), bucket([(0, 0, 1)], (1, 1))]
         # The first is sent from 4 to 24, the second waits for it and ends at 28; backward ends at 8.
-        assert exposed_reduce(plan(buckets, [1, 1]), UNIT, self.WORK) == 20
+        assert predict([Placed(plan(buckets, [1, 1]))], UNIT, self.WORK).exposed_reduce == 20
 
     def test_given_flops_say_when_gradients_arrive(self) -> None:
         buckets = [bucket([(0, 1, 1)], (1, 1)), bucket([(0, 0, 1)], (1, 1))]
