@@ -3,8 +3,9 @@
     distmuon bench memory [--worlds 2,4,8] [--models dense,moe] [--quick]
 
 State is every tensor that a later step depends on: moments, master copies (DeepSpeed's ZeRO has them for float32
-parameters, too) and momentum staged for a step; buffers that are only kept to be used again are none. FLOPs are those of matrix products in a step, less those of the
-model alone; "once" is every matrix orthogonalized once by the same method. Contenders are verified as for ``comm``.
+parameters, too) and momentum staged for a step; buffers that are only kept to be used again are none. FLOPs are those
+of matrix products in a step, less those of the model alone; "once" is every matrix orthogonalized once by the same
+method. Contenders are verified as for ``comm``.
 """
 
 from __future__ import annotations
