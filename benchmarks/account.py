@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmuon.benchmarks import launch
-from distmuon.benchmarks.contenders import Entry, entrants
+from distmuon.benchmarks.contenders import Entry
 from distmuon.benchmarks.counting import count, count_flops, flops_once, minus
 from distmuon.benchmarks.launch import Row, gathered, say
 from distmuon.benchmarks.loops import Contender, Hookless
 from distmuon.benchmarks.models import CASES, Case
-from distmuon.benchmarks.verify import Judge, run
+from distmuon.benchmarks.verify import present, run, verified
 
 ITEMSIZE = 4
 # Newton-Schulz inputs travel in bfloat16.
@@ -130,15 +130,8 @@ def worker(part: str, models: Sequence[str], result: Path) -> None:
         case = CASES[name]
         generator = torch.Generator().manual_seed(dist.get_rank())
         tokens = [case.tokens(generator) for _ in range(STEPS)]
-        judge, accountant = Judge(case, tokens), PARTS[part](case, tokens)
-        taking_part, absent = entrants(name)
-        for other, reason in absent.items():
-            say(f"  {name}: {other} is left out: {reason}")
-        for entry in taking_part:
-            contender = entry.build(case.build())
-            run(contender, tokens)
-            found = contender.parameters()
-            error = judge.verify(entry, found)
+        accountant = PARTS[part](case, tokens)
+        for entry, contender, found, error in verified(case, present(case), tokens):
             row = accountant(entry, contender, found)
             say(f"  {name}: {entry.name}: verified (error {error:.0e}) and counted")
             rows.append({"world": dist.get_world_size(), "model": name, "name": entry.name, "error": error, **row})

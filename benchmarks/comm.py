@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from distmuon.benchmarks import flags, places, targets
-from distmuon.benchmarks.launch import Row, launch
-from distmuon.benchmarks.models import CASES
+from distmuon.benchmarks.launch import Row, account
+from distmuon.benchmarks.models import show
 from distmuon.benchmarks.targets import Target, place
 
 RESULTS = places.RESULTS / "comm.json"
@@ -33,13 +33,9 @@ SHOWN = "moe"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Count for all contenders and print the tables; a full run writes results, picture and the README's table."""
     options = flags.read(flags.parser("comm", __doc__, WORLDS), arguments)
-    rows: list[Row] = []
-    for world in options.worlds:
-        print(f"counting at {world} ranks ...", flush=True)
-        rows += launch("account", world, ["--part", "comm", "--models", ",".join(options.models)])
+    rows = account("comm", options.worlds, options.models)
     judged = judge(rows)
-    for model in options.models:
-        print(f"\n{CASES[model].title}:\n{table([row for row in rows if row['model'] == model])}")
+    show(rows, options.models, table)
     print(targets.table(judged))
     if options.full:
         results = {"rows": rows, "targets": targets.records(judged)}

@@ -49,6 +49,24 @@ def launch(module: str, world: int, arguments: Sequence[str]) -> list[Row]:
         return rows
 
 
+def account(part: str, worlds: Sequence[int], models: Sequence[str]) -> list[Row]:
+    """Let all contenders be accounted for.
+
+    Args:
+        part: what to count, "comm" or "memory".
+        worlds: numbers of ranks.
+        models: names of cases.
+
+    Returns:
+        Rows.
+    """
+    rows: list[Row] = []
+    for world in worlds:
+        print(f"counting at {world} ranks ...", flush=True)
+        rows += launch("account", world, ["--part", part, "--models", ",".join(models)])
+    return rows
+
+
 def own_loopback() -> list[str]:
     """Say how to run a command in a network namespace where nobody else sends.
 

@@ -22,7 +22,7 @@ from distmuon.benchmarks.loops import Contender
 from distmuon.benchmarks.models import CASES
 from distmuon.benchmarks.namespaces import INTERFACE
 from distmuon.benchmarks.tracer import Tracer
-from distmuon.benchmarks.verify import Judge, run
+from distmuon.benchmarks.verify import run, verified
 from distmuon.predict import Link
 
 _SENT = Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes")
@@ -52,12 +52,9 @@ class Rank:
             What a step of each sends by the ring model.
         """
         tokens = [self._case.tokens(self._tokens) for _ in range(_VERIFIED_STEPS)]
-        judge = Judge(self._case, tokens)
         made = []
-        for entry in entries():
-            contender = self._contenders[entry.name] = entry.build(self._case.build())
-            run(contender, tokens)
-            error = judge.verify(entry, contender.parameters())
+        for entry, contender, _, error in verified(self._case, entries(), tokens):
+            self._contenders[entry.name] = contender
             with Tracer() as tracer:
                 run(contender, tokens[:1])
             made.append({"name": entry.name, "error": error, "traced_bytes": tracer.tally.total_wire()})

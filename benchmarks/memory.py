@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 
 from distmuon.benchmarks import flags, places, targets
-from distmuon.benchmarks.launch import Row, launch
-from distmuon.benchmarks.models import CASES
+from distmuon.benchmarks.launch import Row, account
+from distmuon.benchmarks.models import show
 from distmuon.benchmarks.targets import Target, place
 
 RESULTS = places.RESULTS / "memory.json"
@@ -27,13 +27,9 @@ WORLDS = (2, 4, 8)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Count for all contenders, print the tables, and write the results of a full run."""
     options = flags.read(flags.parser("memory", __doc__, WORLDS), arguments)
-    rows: list[Row] = []
-    for world in options.worlds:
-        print(f"counting at {world} ranks ...", flush=True)
-        rows += launch("account", world, ["--part", "memory", "--models", ",".join(options.models)])
+    rows = account("memory", options.worlds, options.models)
     judged = judge(rows)
-    for model in options.models:
-        print(f"\n{CASES[model].title}:\n{table([row for row in rows if row['model'] == model])}")
+    show(rows, options.models, table)
     print(targets.table(judged))
     if options.full:
         results = {"rows": rows, "targets": targets.records(judged)}

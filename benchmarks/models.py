@@ -5,8 +5,9 @@ Shapes: B sequences, T positions, D width, H heads, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,18 @@ class Case:
             [1, T + 1] token ids: inputs and targets.
         """
         return torch.randint(0, self.vocabulary, (1, self.positions + 1), generator=generator)
+
+
+def show(rows: Sequence[dict[str, Any]], models: Sequence[str], table: Callable[[list[dict[str, Any]]], str]) -> None:
+    """Print a table for every model.
+
+    Args:
+        rows: of all models.
+        models: names of cases, in the order of the tables.
+        table: formats the rows of one.
+    """
+    for model in models:
+        print(f"\n{CASES[model].title}:\n{table([row for row in rows if row['model'] == model])}")
 
 
 def objective(model: Callable[[Tensor, Tensor], Tensor], tokens: Tensor) -> Tensor:

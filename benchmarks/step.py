@@ -23,7 +23,7 @@ import torch
 from distmuon.benchmarks import flags, ns_machine, places, targets
 from distmuon.benchmarks.contenders import BALANCED, OPT4, RIVAL
 from distmuon.benchmarks.launch import Row, launch
-from distmuon.benchmarks.models import CASES
+from distmuon.benchmarks.models import CASES, show
 from distmuon.benchmarks.targets import Target, place
 
 RESULTS = places.RESULTS / "step.json"
@@ -51,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 turns = str(max(2, round(rounds * case.turns)))
                 rows += launch("stopwatch", world, ["--models", case.name, "--rounds", turns])
     judged = judge(rows)
-    for model in options.models:
-        print(f"\n{CASES[model].title}:\n{table([row for row in rows if row['model'] == model])}")
+    show(rows, options.models, table)
     cores = os.cpu_count() or 1
     if max(options.worlds) > cores:
         print(f"\nWith more ranks than the {cores} cores here, wall time and waiting say little; CPU time stands.")

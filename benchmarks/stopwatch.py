@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmuon.benchmarks import launch
-from distmuon.benchmarks.contenders import RIVAL, entrants
+from distmuon.benchmarks.contenders import RIVAL
 from distmuon.benchmarks.launch import Row, gathered, say
 from distmuon.benchmarks.loops import Contender, Hookless
 from distmuon.benchmarks.models import CASES, Case
 from distmuon.benchmarks.timing import interleave
-from distmuon.benchmarks.verify import Judge, run
+from distmuon.benchmarks.verify import present, run, verified
 
 STEPS = 2
 WARM_UP = 2
@@ -64,7 +64,7 @@ def worker(models: Sequence[str], rounds: int, result: Path) -> None:
     for name in models:
         case = CASES[name]
         generator = torch.Generator().manual_seed(dist.get_rank())
-        timed = build(case, name, generator)
+        timed = build(case, generator)
         cpu, walls = turns(case, timed, rounds, generator)
         rows += [
             {"world": dist.get_world_size(), "model": name, "name": contender, **row}
@@ -77,27 +77,20 @@ def worker(models: Sequence[str], rounds: int, result: Path) -> None:
     launch.leave(result, rows)
 
 
-def build(case: Case, name: str, generator: torch.Generator) -> dict[str, Timed]:
+def build(case: Case, generator: torch.Generator) -> dict[str, Timed]:
     """Build and verify all contenders of a model.
 
     Args:
         case: the model.
-        name: its name.
         generator: of this rank's tokens.
 
     Returns:
         By name, the model without an optimizer among them.
     """
     tokens = [case.tokens(generator) for _ in range(STEPS)]
-    judge = Judge(case, tokens)
     timed = {BARE: Timed(Hookless(case.build()))}
-    taking_part, absent = entrants(name)
-    for other, reason in absent.items():
-        say(f"  {name}: {other} is left out: {reason}")
-    for entry in taking_part:
-        contender = entry.build(case.build())
-        run(contender, tokens)
-        say(f"  {name}: {entry.name}: verified (error {judge.verify(entry, contender.parameters()):.0e})")
+    for entry, contender, _, error in verified(case, present(case), tokens):
+        say(f"  {case.name}: {entry.name}: verified (error {error:.0e})")
         timed[entry.name] = Timed(contender)
     return timed
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distmuon.benchmarks.contenders import Entry
-from distmuon.benchmarks.launch import gathered
+from distmuon.benchmarks.contenders import Entry, entrants
+from distmuon.benchmarks.launch import gathered, say
 from distmuon.benchmarks.loops import Contender, Hookless
 from distmuon.benchmarks.models import Case
 
@@ -29,6 +30,51 @@ def run(contender: Contender, tokens: Sequence[Tensor]) -> None:
     for batch in tokens:
         contender.forward_backward(batch)
         contender.step()
+
+
+class Verified(NamedTuple):
+    """A contender that does what it is to be measured for."""
+
+    entry: Entry
+    contender: Contender
+    found: dict[str, Tensor]
+    """Its parameters, by name."""
+    error: float
+    """Largest error of a parameter's whole update, relative to the reference's."""
+
+
+def verified(case: Case, entries: Iterable[Entry], tokens: Sequence[Tensor]) -> Iterator[Verified]:
+    """Build contenders one by one, train and check them; every rank must call it.
+
+    Args:
+        case: the model.
+        entries: who.
+        tokens: this rank's micro-batches, one a step.
+
+    Yields:
+        Each contender, after its last step.
+    """
+    judge = Judge(case, tokens)
+    for entry in entries:
+        contender = entry.build(case.build())
+        run(contender, tokens)
+        found = contender.parameters()
+        yield Verified(entry, contender, found, judge.verify(entry, found))
+
+
+def present(case: Case) -> list[Entry]:
+    """List who takes part on a model, and print why others do not.
+
+    Args:
+        case: the model.
+
+    Returns:
+        The entries.
+    """
+    taking_part, absent = entrants(case.name)
+    for other, reason in absent.items():
+        say(f"  {case.name}: {other} is left out: {reason}")
+    return taking_part
 
 
 class Judge:

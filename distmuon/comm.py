@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distmuon.clock import PhaseClock
 from distmuon.errors import ConfigError
 from distmuon.exchange import Exchange, exchange
+from distmuon.plan import ring_bytes
 
 # Tags of exchanges are used again after this many, when the first have long been waited for.
 _TAGS = 2**20
@@ -128,8 +129,7 @@ class Group:
         """Sum a full tensor over the ranks and keep the own shard; asynchronous."""
         if self.size == 1:
             return Pending(full)
-        wire = _bytes(full) * (self.size - 1) // self.size
-        self.traffic.add("reduce_scatter", self.size, full, wire)
+        self.traffic.add("reduce_scatter", self.size, full, ring_bytes(_bytes(full), self.size))
         backend = self._backend(full.device)
         if backend == "gloo" or (backend != "nccl" and len(set(lengths)) > 1):
             return self._exchange_and_sum(full, lengths)
@@ -147,7 +147,7 @@ class Group:
         """Complete a full tensor whose own shard is in place; asynchronous."""
         if self.size == 1:
             return Pending(full)
-        self.traffic.add("all_gather", self.size, full, _bytes(full) * (self.size - 1) // self.size)
+        self.traffic.add("all_gather", self.size, full, ring_bytes(_bytes(full), self.size))
         shards = list(torch.split(full, list(lengths)))
         shard = shards[self.rank]
         backend = self._backend(full.device)
@@ -231,7 +231,7 @@ class Group:
         if self.size > 1:
             work = dist.all_reduce(values, op, group=self.process_group, async_op=True)
             self._watched("all_reduce", values, work).wait()
-            self.traffic.add("all_reduce", self.size, values, 2 * _bytes(values) * (self.size - 1) // self.size)
+            self.traffic.add("all_reduce", self.size, values, ring_bytes(2 * _bytes(values), self.size))
         return values
 
     def _watched(self, collective: str, payload: Tensor, *works: Any) -> Any:

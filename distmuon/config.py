@@ -15,6 +15,9 @@ from distmuon.errors import ConfigError
 from distmuon.ns_settings import NewtonSchulz
 from distmuon.strict import Strict
 
+# Policies that leave no choice of transport.
+ONLY_TRANSPORT = {"flat": "scatter", "team": "owner"}
+
 Rate = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -104,7 +107,7 @@ class PlacementSettings(UpdateSettings):
 
     @model_validator(mode="after")
     def _obey_the_rules(self) -> PlacementSettings:
-        only = {"flat": "scatter", "team": "owner"}.get(self.policy, self.transport)
+        only = ONLY_TRANSPORT.get(self.policy, self.transport)
         if self.transport not in ("auto", only):
             raise ValueError(f'transport = "{self.transport}" does not go with policy = "{self.policy}"; use "{only}"')
         if self.policy == "team" and self.ns.dtype == "float16":

@@ -193,6 +193,12 @@ class Plan:
         return sum(matrix.work[matrix.holders.index(rank)] for _, matrix in self._computed_by(rank))
 
     @cached_property
+    def busiest_over_mean(self) -> float:
+        """Newton-Schulz FLOPs of the busiest rank over the mean; 1 without matrices."""
+        flops = [self.newton_schulz_flops(rank) for rank in range(self.world)]
+        return max(flops) * self.world / sum(flops) if any(flops) else 1.0
+
+    @cached_property
     def flops_once(self) -> float:
         """FLOPs of orthogonalizing every matrix of the model once, on one rank."""
         costs = {(matrix.param, matrix.start): matrix.cost for matrix in self.matrices}

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from distmuon.bricks import Matrix, ParamSpec, split_matrices
+from distmuon.config import ONLY_TRANSPORT
 from distmuon.errors import ConfigError
 from distmuon.iteration import Schedule
 from distmuon.ns_settings import NewtonSchulz
@@ -176,17 +177,11 @@ def choose(scattered: Plan, owned: Plan) -> Plan:
     """
     if any(matrix.cut for matrix in scattered.matrices):
         return owned
-    if _spread(scattered) > max(LEVEL, _spread(owned)):
+    if scattered.busiest_over_mean > max(LEVEL, owned.busiest_over_mean):
         return owned
     machine, workload = Machine(), Workload()
     seconds = [predict([Placed(plan)], machine, workload).optimizer for plan in (scattered, owned)]
     return scattered if seconds[0] <= seconds[1] else owned
-
-
-def _spread(plan: Plan) -> float:
-    """Newton-Schulz FLOPs of the busiest rank over the mean."""
-    flops = [plan.newton_schulz_flops(rank) for rank in range(plan.world)]
-    return max(flops) * plan.world / sum(flops) if any(flops) else 1.0
 
 
 def default_bucket_numel(world: int, itemsize: int = 4) -> int:
@@ -212,7 +207,7 @@ def _check(world: int, policy: Policy, transport: TransportChoice) -> None:
         raise ConfigError(f'policy = {policy!r} is not legal: use "balanced", "flat" or "team".')
     if transport not in get_args(TransportChoice):
         raise ConfigError(f'transport = {transport!r} is not legal: use "auto", "scatter" or "owner".')
-    only = {"flat": "scatter", "team": "owner"}.get(policy, transport)
+    only = ONLY_TRANSPORT.get(policy, transport)
     if transport not in ("auto", only):
         raise ConfigError(f'transport = "{transport}" does not go with policy = "{policy}": use "auto" or "{only}".')
 

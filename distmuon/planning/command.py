@@ -13,7 +13,7 @@ from typing import get_args
 
 from distmuon.bricks import Kind
 from distmuon.coefficients import PresetName
-from distmuon.config import parse
+from distmuon.config import ONLY_TRANSPORT, parse
 from distmuon.errors import ConfigError
 from distmuon.machine import Machine, Workload
 from distmuon.ns_settings import NewtonSchulz
@@ -112,7 +112,7 @@ def _request(flags: argparse.Namespace, model: Model, machine: Machine, ns: Newt
         overlap_forward=flags.overlap_forward,
     )
     policy, transport = flags.policy, flags.transport
-    only = {"flat": "scatter", "team": "owner"}.get(policy, transport)
+    only = ONLY_TRANSPORT.get(policy, transport)
     if transport not in ("auto", only):
         raise ConfigError(f'--transport {transport} does not go with --policy {policy}; use "auto" or "{only}".')
     return Request(model.name, params, world, ep, bucket_mb, policy, transport, machine, workload, ns)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from distmuon.machine import Machine, Workload
 from distmuon.ns_settings import NewtonSchulz
 from distmuon.owners import LEVEL
-from distmuon.plan import Plan, Policy
+from distmuon.plan import Policy
 from distmuon.planner import TransportChoice, choose
 from distmuon.planning.compare import Row, compare, place
 from distmuon.planning.holdings import Holdings, holdings
@@ -68,7 +68,7 @@ def plan_world(request: Request) -> Outcome:
     plans, held = adamw(found["flat"].plans, found["flat"].held)
     rows["adamw"] = compare(CHOICES["adamw"], plans, held, request.machine, request.workload)
     rows["padded"] = _Planned(request, "padded").row
-    if all(_level(plan) for plan, _ in found["owner"].plans):
+    if all(plan.busiest_over_mean <= LEVEL for plan, _ in found["owner"].plans):
         # Teams cut nothing then.
         found["team"] = found["owner"]
         rows["team"] = replace(rows["owner"], layout="team", what=CHOICES["team"].what)
@@ -121,11 +121,3 @@ class _Planned:
         self.plans = plans
         self.held = holdings(plans, request.params)
         self.row = compare(CHOICES[name], plans, self.held, request.machine, request.workload)
-
-
-def _level(plan: Plan) -> bool:
-    """Whether whole matrices keep all ranks equally busy, within what ``policy = "team"`` tolerates."""
-    loads = [0.0] * plan.world
-    for matrix in plan.matrices:
-        loads[matrix.holders[0]] += matrix.cost
-    return max(loads) <= LEVEL * sum(loads) / plan.world
