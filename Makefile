@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test bench kernels check clean
+.PHONY: help train test soak bench kernels check clean
 
 PYTHON := $(or $(shell command -v python3.11),$(shell command -v python3),python3)
 TORCH := torch==2.13.0
@@ -28,6 +28,9 @@ train: $(STAMP) ## train a small MoE language model with DistMuon, then with Ada
 
 test: $(STAMP) ## run every test that needs no GPU; ARGS="-k plan" passes options to pytest
 	@$(ENTER) python -m pytest $(ARGS)
+
+soak: $(STAMP) ## hours: the long tests of faults, mutants, kills for 30 minutes, docs/reliability.md; ARGS="mutants" runs one
+	@$(ENTER) python -m tests.soak $(ARGS)
 
 bench: $(STAMP) ## bytes, memory, step time, link speeds and Newton-Schulz beside others'; ARGS="ns --quick" runs one
 	@$(ENTER) $(if $(ARGS),python -m distmuon bench $(ARGS),set -x; \

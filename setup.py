@@ -15,6 +15,7 @@ TRAIN = [
 HF = ["datasets>=3.0", "pyarrow>=17"]
 TRITON = ["triton>=3.4"]
 TOOLS = [
+    "bandit>=1.8",
     "hypothesis>=6.100",
     "import-linter>=2.3",
     "mypy>=1.15",

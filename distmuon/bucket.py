@@ -120,7 +120,8 @@ class Bucket:
         placed = sum(piece.length for places in self._places.values() for piece, _ in places)
         self._padded = placed < plan.numel
         second = sum(span.length for span in self.spans if span.kind == "adamw")
-        self.updates = 0
+        # Steps so far by param group: groups added later have had fewer.
+        self.updates = {params[index].group: 0 for index in plan.params}
         self._kept: dict[torch.dtype, Tensor] = {}
         self.first_moment = self._zeros(plan.lengths[rank])
         self.second_moment = self._zeros(second)

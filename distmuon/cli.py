@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distmuon.errors import DistMuonError
+from distmuon.errors import CollectiveError, DistMuonError
 
 _USAGE = """usage: distmuon COMMAND ...
 
@@ -16,6 +16,8 @@ commands:
   train RUN.toml [--FLAG VALUE ...]   train as the run file says; flags override it (--help lists them)
   plan --model FILE --world N,...     show what a model's placement costs before it is trained (--help lists flags)
   report RUN_DIR [OTHER_DIR ...]      draw a run's report again, with the curves of others beside it
+  verify CHECKPOINT                   check that a checkpoint, or a directory's latest, is whole; show what is in it
+  export CHECKPOINT OUT.safetensors   write its weights to one file that plain torch and safetensors can load
   bench [NAME] [--FLAG VALUE ...]     run a benchmark; without a name, list them
   doctor                              show versions and what of this machine can be used
 
@@ -34,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # The deepspeed launcher passes --local_rank as its first argument.
     given = [argument for argument in given if not argument.startswith(("--local_rank", "--local-rank"))]
-    commands = {"train": _train, "plan": _plan, "report": _report, "bench": _bench, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        **{"train": _train, "plan": _plan, "report": _report, "verify": _verify, "export": _export},
+        **{"bench": _bench, "doctor": _doctor},
+    }
     if not given or given[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if given else 2
@@ -47,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DistMuonError as error:
         if _first():
             print(f"distmuon {given[0]}: {error}", file=sys.stderr)
+        return 1
+    except CollectiveError as error:
+        # Every rank that is left says so: the first one may be the one that is gone.
+        print(f"distmuon {given[0]}: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # Whoever reads has enough, as `head` has; nothing is left to flush at exit.
@@ -105,6 +114,30 @@ def _report(arguments: list[str]) -> int:
     directory, *others = (Path(argument) for argument in arguments)
     path = write_report(directory, others)
     print("\n".join([*summary_lines(directory, others), f"report: {path}"]))
+    return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    quick = "--size" in arguments
+    paths = [argument for argument in arguments if argument != "--size"]
+    if len(paths) != 1 or paths[0].startswith("-"):
+        print("usage: distmuon verify CHECKPOINT [--size]\n  --size   compare sizes and headers only, not every hash")
+        return 0 if paths[:1] in (["-h"], ["--help"]) else 2
+    from distmuon.checkpoint.describe import describe
+    from distmuon.checkpoint.verify import verify
+
+    print("\n".join(describe(verify(paths[0], "size" if quick else "full"))))
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    if len(arguments) != 2 or arguments[0].startswith("-"):
+        print("usage: distmuon export CHECKPOINT OUT.safetensors")
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    from distmuon.checkpoint.verify import export
+
+    path = export(*arguments)
+    print(f"{path}: {path.stat().st_size:,} bytes")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from distmuon.timeline import Span, Timeline, Track, Watched
 
@@ -20,16 +20,34 @@ class Work(Protocol):
         """Return when it is done."""
 
 
+class Place(NamedTuple):
+    """What was going on."""
+
+    step: int
+    phase: str
+    bucket: int | None
+
+    def __str__(self) -> str:
+        where = "" if self.bucket is None else f", bucket {self.bucket}"
+        return f'step {self.step}, phase "{self.phase}"{where}'
+
+
 class PhaseClock:
     """Adds up host seconds per phase until cleared; on an accelerator that is the time to enqueue the work.
 
     Attributes:
+        step: number of the step under way, from 0; whoever steps counts.
+        phase: the innermost phase under way; outside of all, ranks only ask each other whether they agree.
+        bucket: the bucket that it works on, if it is one.
         seconds: by phase.
         waited: seconds in which the host was blocked because a collective was not done.
         timeline: where phases, collectives and waits are recorded as spans; None records none.
     """
 
     def __init__(self) -> None:
+        self.step = 0
+        self.phase = "agreement"
+        self.bucket: int | None = None
         self.seconds: dict[str, float] = {}
         self.waited = 0.0
         self.timeline: Timeline | None = None
@@ -40,15 +58,24 @@ class PhaseClock:
 
         Args:
             phase: name of the phase.
-            **args: details to show in the timeline.
+            **args: details to show in the timeline; "bucket" is also the bucket of the phase.
         """
+        outer = self.phase, self.bucket
+        bucket = args.get("bucket")
+        self.phase, self.bucket = phase, bucket if isinstance(bucket, int) else None
         start = time.perf_counter()
         try:
             yield
         finally:
             end = time.perf_counter()
+            self.phase, self.bucket = outer
             self.seconds[phase] = self.seconds.get(phase, 0.0) + end - start
             self._record(phase, "compute", start, end, args)
+
+    @property
+    def place(self) -> Place:
+        """What is going on now."""
+        return Place(self.step, self.phase, self.bucket)
 
     def collective(self, name: str, *works: Work | None, **args: str | int | float) -> InFlight:
         """Take note of a collective that was just launched.

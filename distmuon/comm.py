@@ -7,6 +7,7 @@ A *full* tensor has the shards of all ranks, rank by rank; ``lengths`` are their
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distmuon.clock import PhaseClock
+from distmuon.clock import PhaseClock, Place
 from distmuon.errors import ConfigError
 from distmuon.exchange import Exchange, exchange
+from distmuon.failures import Failures, group_timeout
+from distmuon.pending import NamedWork, Pending
 from distmuon.plan import ring_bytes
 
 # Tags of exchanges are used again after this many, when the first have long been waited for.
@@ -73,75 +76,48 @@ class Traffic:
         self.costs.clear()
 
 
-class Pending:
-    """A collective under way; keeps its buffers alive until waited for.
+class Group:
+    """A process group as the optimizer uses it; every failure of a collective is a ``CollectiveError``.
 
     Args:
-        result: what ``wait`` returns.
-        work: what to wait for; None if the result is there.
-        buffers: what the collective reads and writes.
-        finish: makes the result from what arrived, after the wait.
+        process_group: the group; None is that of all ranks.
+        traffic: counts what is sent.
+        main: the group of all ranks of the optimizer, if this is not it.
     """
 
-    def __init__(
-        self,
-        result: Tensor,
-        work: Any = None,
-        buffers: Sequence[Tensor] = (),
-        finish: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self._result = result
-        self._work = work
-        self._buffers = buffers
-        self._finish = finish
-
-    def done(self) -> bool:
-        """Whether waiting would return at once."""
-        return self._work is None or bool(self._work.is_completed())
-
-    def wait(self) -> Tensor:
-        """Wait for the collective and return its result."""
-        if self._work is not None:
-            self._work.wait()
-            self._work, self._buffers = None, ()
-        if self._finish is not None:
-            self._result, self._finish = self._finish(self._result), None
-        return self._result
-
-
-class Group:
-    """A process group as the optimizer uses it."""
-
-    def __init__(self, process_group: dist.ProcessGroup | None, traffic: Traffic) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None, traffic: Traffic, main: Group | None = None) -> None:
         self.process_group = process_group
         self.traffic = traffic
+        self.failures: Failures = Failures() if main is None else main.failures
+        self.failures.groups.append(process_group)
         self.size: int = dist.get_world_size(process_group) if _initialized() else 1
         self.rank: int = dist.get_rank(process_group) if _initialized() else 0
         self.ranks: tuple[int, ...] = (0,)
         self.device = torch.device("cpu")
         self._exchanges = 0
+        self._timeout = group_timeout(process_group) if self.size > 1 else None
         if _initialized():
             self.ranks = tuple(dist.get_process_group_ranks(process_group))
             if dist.get_backend(process_group) == "nccl":
                 self.device = torch.device("cuda", torch.cuda.current_device())
 
-    def reduce_scatter(self, full: Tensor, lengths: Sequence[int]) -> Pending:
-        """Sum a full tensor over the ranks and keep the own shard; asynchronous."""
+    def reduce_scatter(self, full: Tensor, lengths: Sequence[int], bucket: int | None = None) -> Pending:
+        """Sum a full tensor over the ranks and keep the own shard; asynchronous. It belongs to phase "reduce"."""
         if self.size == 1:
             return Pending(full)
         self.traffic.add("reduce_scatter", self.size, full, ring_bytes(_bytes(full), self.size))
+        place = self.traffic.clock.place._replace(phase="reduce", bucket=bucket)
         backend = self._backend(full.device)
         if backend == "gloo" or (backend != "nccl" and len(set(lengths)) > 1):
-            return self._exchange_and_sum(full, lengths)
+            return self._exchange_and_sum(full, lengths, place)
         shard = full.new_empty(lengths[self.rank])
+        collective: Any = _flat_collective("reduce_scatter_single", "reduce_scatter_tensor")
+        given: Any = full
         if len(set(lengths)) > 1:
             # One call, which NCCL runs as a group of reduces to the owners.
-            parts = list(torch.split(full, list(lengths)))
-            work = dist.reduce_scatter(shard, parts, group=self.process_group, async_op=True)
-        else:
-            collective = _flat_collective("reduce_scatter_single", "reduce_scatter_tensor")
-            work = collective(shard, full, group=self.process_group, async_op=True)
-        return Pending(shard, self._watched("reduce_scatter", full, work), (full, shard))
+            collective, given = dist.reduce_scatter, list(torch.split(full, list(lengths)))
+        work = self._launch("reduce_scatter", full, lambda: [self._async(collective, shard, given)], place)
+        return Pending(shard, work, (full, shard))
 
     def all_gather(self, full: Tensor, lengths: Sequence[int]) -> Pending:
         """Complete a full tensor whose own shard is in place; asynchronous."""
@@ -151,30 +127,27 @@ class Group:
         shards = list(torch.split(full, list(lengths)))
         shard = shards[self.rank]
         backend = self._backend(full.device)
-        if backend == "gloo":
-            works = [self._exchange([shard] * self.size, shards)]
-        elif len(set(lengths)) == 1:
-            collective = _flat_collective("all_gather_single", "all_gather_into_tensor")
-            works = [collective(full, shard, group=self.process_group, async_op=True)]
-        elif backend == "nccl":
-            # One call, which NCCL runs as a group of broadcasts from the owners.
-            works = [dist.all_gather(shards, shard, group=self.process_group, async_op=True)]
-        else:
-            works = [
-                dist.broadcast(part, rank, group=self.process_group, async_op=True)
-                for part, rank in zip(shards, self.ranks, strict=True)
-                if part.numel()
-            ]
-        return Pending(full, self._watched("all_gather", full, *works), (full, shard))
+
+        def start() -> list[Any]:
+            if backend == "gloo":
+                return [self._exchange([shard] * self.size, shards)]
+            if len(set(lengths)) == 1:
+                return [self._async(_flat_collective("all_gather_single", "all_gather_into_tensor"), full, shard)]
+            if backend == "nccl":
+                # One call, which NCCL runs as a group of broadcasts from the owners.
+                return [self._async(dist.all_gather, shards, shard)]
+            by_rank = zip(shards, self.ranks, strict=True)
+            return [self._async(dist.broadcast, part, rank) for part, rank in by_rank if part.numel()]
+
+        return Pending(full, self._launch("all_gather", full, start), (full, shard))
 
     def all_to_all(self, send: Tensor, send_counts: list[int], receive_counts: list[int]) -> Pending:
         """Send consecutive parts of a flat tensor to each rank; asynchronous."""
         received = send.new_empty(sum(receive_counts))
-        work = dist.all_to_all_single(
-            received, send, receive_counts, send_counts, group=self.process_group, async_op=True
-        )
+        given = received, send, receive_counts, send_counts
+        work = self._launch("all_to_all", send, lambda: [self._async(dist.all_to_all_single, *given)])
         self.traffic.add("all_to_all", self.size, send, _bytes(send))
-        return Pending(received, self._watched("all_to_all", send, work), (send, received))
+        return Pending(received, work, (send, received))
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum a small tensor over the ranks, in place."""
@@ -190,34 +163,32 @@ class Group:
             return [text]
         data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         length = torch.tensor([data.numel()], device=self.device)
-        lengths = [torch.zeros_like(length) for _ in range(self.size)]
-        dist.all_gather(lengths, length, group=self.process_group)
+        lengths = self._all_gather(length)
         longest = max(int(value) for value in lengths)
         padded = torch.cat([data, data.new_zeros(longest - data.numel())])
-        texts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(texts, padded, group=self.process_group)
+        texts = self._all_gather(padded)
         return [bytes(part[: int(count)].tolist()).decode() for part, count in zip(texts, lengths, strict=True)]
 
-    def _exchange_and_sum(self, full: Tensor, lengths: Sequence[int]) -> Pending:
+    def _exchange_and_sum(self, full: Tensor, lengths: Sequence[int], place: Place) -> Pending:
         """Send every rank its shard and sum there in the order of the ranks, wherever an element lies."""
         own = lengths[self.rank]
-        work: Any
+        start: Callable[[], Any]
         if self._backend(full.device) == "gloo":
             parts = list(torch.split(full, list(lengths)))
             others = list(full.new_empty(self.size - 1, own))
             received = [*others[: self.rank], parts[self.rank], *others[self.rank :]]
-            work = self._exchange(parts, received)
+            start = functools.partial(self._exchange, parts, received)
         else:
             flat = full.new_empty(self.size * own)
             received = list(flat.view(self.size, own))
             splits = [own] * self.size, list(lengths)
-            work = dist.all_to_all_single(flat, full, *splits, group=self.process_group, async_op=True)
-        watched = self._watched("reduce_scatter", full, work)
-        return Pending(full, watched, [full, *received], lambda _: _sum_in_order(received))
+            start = functools.partial(self._async, dist.all_to_all_single, flat, full, *splits)
+        work = self._launch("reduce_scatter", full, lambda: [start()], place)
+        return Pending(full, work, [full, *received], lambda _: _sum_in_order(received))
 
     def _exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Exchange:
         self._exchanges = (self._exchanges + 1) % _TAGS
-        return exchange(send, receive, self.rank, self.ranks, self.process_group, self._exchanges)
+        return exchange(send, receive, self.rank, self.ranks, self.process_group, self._exchanges, self._timeout)
 
     def _backend(self, device: torch.device) -> str:
         """What moves tensors of a device; a group may have a backend for each."""
@@ -229,13 +200,29 @@ class Group:
 
     def _all_reduce(self, values: Tensor, op: Any) -> Tensor:
         if self.size > 1:
-            work = dist.all_reduce(values, op, group=self.process_group, async_op=True)
-            self._watched("all_reduce", values, work).wait()
+            self._launch("all_reduce", values, lambda: [self._async(dist.all_reduce, values, op)]).wait()
             self.traffic.add("all_reduce", self.size, values, ring_bytes(2 * _bytes(values), self.size))
         return values
 
-    def _watched(self, collective: str, payload: Tensor, *works: Any) -> Any:
-        return self.traffic.clock.collective(collective, *works, bytes=_bytes(payload), ranks=self.size)
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        self._launch("all_gather", tensor, lambda: [self._async(dist.all_gather, gathered, tensor)]).wait()
+        return gathered
+
+    def _async(self, collective: Any, *args: Any) -> Any:
+        return collective(*args, group=self.process_group, async_op=True)
+
+    def _launch(
+        self, collective: str, payload: Tensor, start: Callable[[], list[Any]], place: Place | None = None
+    ) -> NamedWork:
+        """Start a collective; its failure, now or later, says what was going on: here, or at ``place``."""
+        clock = self.traffic.clock
+        explain = functools.partial(self.failures.explain, place or clock.place, collective, self.ranks)
+        try:
+            works = start()
+        except RuntimeError as error:
+            raise explain(error) from error
+        return NamedWork(clock.collective(collective, *works, bytes=_bytes(payload), ranks=self.size), explain)
 
 
 def own_process_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
@@ -261,7 +248,8 @@ def own_process_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> d
         process_group = None
     if process_group is not None or not _initialized() or dist.get_world_size() == 1:
         return process_group
-    group = dist.new_group()
+    # A new group would otherwise have the backend's default of many minutes.
+    group = dist.new_group(timeout=group_timeout(None))
     assert isinstance(group, dist.ProcessGroup)
     return group
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import functools
+import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from distmuon.errors import ConfigError
@@ -17,6 +19,10 @@ from distmuon.strict import Strict
 
 # Policies that leave no choice of transport.
 ONLY_TRANSPORT = {"flat": "scatter", "team": "owner"}
+
+# How much of a value a message repeats.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 160
 
 Rate = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -64,6 +70,9 @@ class UpdateSettings(Strict):
     """"apex" runs NVIDIA apex's FusedAdam, "auto" takes it on CUDA where it is installed."""
     ns: NewtonSchulz = NewtonSchulz()
     """Newton-Schulz settings."""
+    max_skipped_steps: int | None = Field(default=5, ge=1)
+    """Raise after this many steps in a row with gradients that are not finite, at least 1; None goes on for ever. Steps
+    that a GradScaler drives do not count."""
 
     def group_defaults(self, kind: Literal["muon", "adamw"]) -> dict[str, Any]:
         """Settings that a param group of a kind starts from.
@@ -101,9 +110,9 @@ class PlacementSettings(UpdateSettings):
     matrix that is too large for one."""
     transport: Literal["auto", "scatter", "owner"] = "auto"
     """"scatter": equal shards in every bucket; "owner": unequal ones in smaller buckets; "auto": the faster."""
-    bucket_mb: float | None = Field(default=None, gt=0)
-    """Least size of a reduce-scatter in MB (10^6 bytes of the reduction dtype), above 0; None: 25, or 10^6 elements a
-    rank if that is more."""
+    bucket_mb: float | None = Field(default=None, gt=0, le=1e6)
+    """Least size of a reduce-scatter in MB (10^6 bytes of the reduction dtype), above 0 and at most 10^6; None: 25, or
+    10^6 elements a rank if that is more."""
 
     @model_validator(mode="after")
     def _obey_the_rules(self) -> PlacementSettings:
@@ -144,14 +153,18 @@ def parse(model: type[Model], table: Mapping[str, Any], where: str) -> Model:
     try:
         return model.model_validate(dict(table))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(model, error.errors()[0])}") from None
+        problems = error.errors()
+        # A key that is missing may be there under a wrong name, which tells more.
+        unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+        first = unknown[0] if unknown and problems[0]["type"] == "missing" else problems[0]
+        raise ConfigError(f"{where}: {explain(model, first)}") from None
 
 
 def make_settings(**values: Any) -> ShardSettings:
     """Check DistMuon's arguments.
 
     Args:
-        values: fields of ``ShardSettings``; dtypes may be torch dtypes.
+        values: fields of ``ShardSettings``, as objects of torch or plain.
 
     Returns:
         The settings.
@@ -159,8 +172,24 @@ def make_settings(**values: Any) -> ShardSettings:
     Raises:
         ConfigError: names the first illegal one.
     """
-    plain = {key: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for key, v in values.items()}
-    return parse(ShardSettings, plain, "DistMuon")
+    return parse(ShardSettings, {key: plain(value) for key, value in values.items()}, "DistMuon")
+
+
+def plain(value: Any) -> Any:
+    """What a setting given as an object of torch stands for.
+
+    Args:
+        value: any setting.
+
+    Returns:
+        The number in a one-element tensor, the name of a dtype, a tuple for a list; anything else as it is.
+    """
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, torch.Tensor):
+        one = value.numel() == 1 and not value.is_meta
+        return value.detach().item() if one else f"a tensor of shape {tuple(value.shape)}"
+    return tuple(plain(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 def explain(model: type[BaseModel], problem: ErrorDetails) -> str:
@@ -179,14 +208,28 @@ def explain(model: type[BaseModel], problem: ErrorDetails) -> str:
         unknown, names = str(problem["loc"][-1]), _field_names(model, path)
         near = difflib.get_close_matches(unknown, names, n=1)
         hint = f'did you mean "{near[0]}"?' if near else f"legal keys are {', '.join(sorted(names))}."
-        return f'unknown key "{".".join([*path, unknown])}"; {hint}'
+        return f'unknown key "{".".join([*path, printable(unknown)])}"; {hint}'
     if problem["type"] == "missing":
         return f'"{field}" is missing and has no default; add it.'
     if problem["type"] == "value_error":
         reason = problem["msg"].removeprefix("Value error, ").removesuffix(".")
-        return f'"{field}" is not legal: {reason}.' if path else f"{reason}."
+        return printable(f'"{field}" is not legal: {reason}.' if path else f"{reason}.", 800)
     reason = problem["msg"].replace("Input should be", "it must be").replace("a valid tuple", "a list")
-    return f'"{field}" = {problem["input"]!r} is not legal: {reason}.'
+    return f'"{field}" = {printable(_SHORT.repr(problem["input"]), 400)} is not legal: {printable(reason, 400)}.'
+
+
+def printable(text: str, limit: int = 80) -> str:
+    """Text of a user's as it can stand in a message: on one line, and short.
+
+    Args:
+        text: any text.
+        limit: characters that are kept, of its beginning and its end.
+
+    Returns:
+        The text, with escapes for what cannot be printed.
+    """
+    cut = text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)
 
 
 def _known_path(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
@@ -197,10 +240,10 @@ def _known_path(model: type[BaseModel], location: tuple[int | str, ...]) -> list
         if isinstance(part, int):
             path.append(str(part))
             continue
-        current = field_type(current, part)
+        current = get_args(current)[1] if get_origin(current) is dict else field_type(current, part)
         if current is None:
             break
-        path.append(part)
+        path.append(printable(part))
     return path
 
 
@@ -208,15 +251,21 @@ def field_type(annotation: Any, name: str) -> Any:
     """Look up the type of a field.
 
     Args:
-        annotation: the type that may have it; only configuration models have fields.
+        annotation: the type that may have it; only configuration models have fields, also where None may stand instead.
         name: the field.
 
     Returns:
         Its annotation; None if there is no such field.
     """
-    known = isinstance(annotation, type) and issubclass(annotation, BaseModel) and name in annotation.model_fields
-    return annotation.model_fields[name].annotation if known else None
+    fields = _fields(annotation)
+    return fields[name].annotation if name in fields else None
+
+
+def _fields(annotation: Any) -> dict[str, FieldInfo]:
+    members = get_args(annotation) or (annotation,)
+    models = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+    return models[0].model_fields if models else {}
 
 
 def _field_names(model: type[BaseModel], path: list[str]) -> list[str]:
-    return list(functools.reduce(field_type, path, cast(Any, model)).model_fields)
+    return list(_fields(functools.reduce(field_type, path, cast(Any, model))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from distmuon.bricks import ParamSpec
 from distmuon.bucket import BoundParam, Bucket
 from distmuon.comm import Group
 from distmuon.config import GroupSettings, ShardSettings
+from distmuon.errors import RankMismatchError
 from distmuon.guard import check_agreement, shared_failure
 from distmuon.newton_schulz import find_products
 from distmuon.plan import Plan
@@ -50,6 +52,37 @@ def build(
     Raises:
         RankMismatchError: the ranks disagree; raised on every rank.
     """
+    agree(params, groups, main, experts, settings)
+    domains = _by_domain(params, groups, main, experts)
+    plans = _plan(domains, main, experts, settings)
+    position = {id(param.tensor): number for number, param in enumerate(params)}
+    placed: list[tuple[int, BucketReduction]] = []
+    for key, members in domains.items():
+        group = experts[key.experts] if key.experts else main
+        for bucket in plans[key].buckets:
+            reduction = BucketReduction(Bucket(bucket, group.rank, members), group, main.size)
+            placed.append((-position[id(members[bucket.params[0]].tensor)], reduction))
+    placed.sort(key=lambda item: item[0])
+    return [plans[key] for key in domains], [reduction for _, reduction in placed]
+
+
+def agree(
+    params: Sequence[BoundParam],
+    groups: Sequence[Mapping[str, Any]],
+    main: Group,
+    experts: Mapping[str, Group],
+    settings: ShardSettings,
+) -> None:
+    """Make sure that parameters, their values and settings are equal on all ranks that share them.
+
+    Args:
+        params, groups, main, experts, settings: as for ``build``.
+
+    Raises:
+        RankMismatchError: the ranks disagree; raised on every rank.
+    """
+    if experts:
+        _agree_on_members(main, experts)
     by_group: dict[str, list[BoundParam]] = {}
     for param in params:
         by_group.setdefault(groups[param.group].get("expert_group", ""), []).append(param)
@@ -63,17 +96,22 @@ def build(
     if experts:
         # Ranks whose own expert groups agree learn here of groups that do not.
         check_agreement(main, [])
-    domains = _by_domain(params, groups, main, experts)
-    plans = _plan(domains, main, experts, settings)
-    position = {id(param.tensor): number for number, param in enumerate(params)}
-    placed: list[tuple[int, BucketReduction]] = []
-    for key, members in domains.items():
-        group = experts[key.experts] if key.experts else main
-        for bucket in plans[key].buckets:
-            reduction = BucketReduction(Bucket(bucket, group.rank, members), group, main.size)
-            placed.append((-position[id(members[bucket.params[0]].tensor)], reduction))
-    placed.sort(key=lambda item: item[0])
-    return [plans[key] for key in domains], [reduction for _, reduction in placed]
+
+
+def _agree_on_members(main: Group, experts: Mapping[str, Group]) -> None:
+    """Make sure that all members of an expert group list the same members; if not, a collective of it would hang."""
+    own = json.dumps({name: group.ranks for name, group in experts.items()})
+    lists = [json.loads(text) for text in main.all_gather_text(own)]
+    by_rank = dict(zip(main.ranks, lists, strict=True))
+    for rank, groups in by_rank.items():
+        for name, ranks in groups.items():
+            for member in ranks:
+                other = by_rank.get(member, groups).get(name)
+                if other != ranks:
+                    raise RankMismatchError(
+                        f'the ranks disagree: rank {rank} has the ranks {ranks} in expert group "{name}" where rank '
+                        f"{member} has {other}; build the expert groups alike on every rank."
+                    )
 
 
 def _plan(

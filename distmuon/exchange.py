@@ -9,7 +9,9 @@ take a third longer and twice as long on a slow link.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -21,10 +23,12 @@ class Exchange:
 
     Args:
         works: what was posted.
+        timeout: how long all of them together may take from now; None leaves the group's own to each.
     """
 
-    def __init__(self, works: Sequence[Any]) -> None:
+    def __init__(self, works: Sequence[Any], timeout: timedelta | None = None) -> None:
         self._works = works
+        self._deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
         self._error: Exception | None = None
         # No daemon: the interpreter waits for it, so that a rank which ends first still sends what others need.
         self._thread = threading.Thread(target=self._wait, name="distmuon-exchange")
@@ -47,14 +51,25 @@ class Exchange:
     def _wait(self) -> None:
         try:
             for work in self._works:
-                work.wait()
+                work.wait(*self._left())
         except Exception as error:
             self._error = error
         self._works = ()
 
+    def _left(self) -> tuple[()] | tuple[timedelta]:
+        if self._deadline is None:
+            return ()
+        return (timedelta(seconds=max(0.001, self._deadline - time.monotonic())),)
+
 
 def exchange(
-    send: Sequence[Tensor], receive: Sequence[Tensor], rank: int, ranks: Sequence[int], group: Any, tag: int
+    send: Sequence[Tensor],
+    receive: Sequence[Tensor],
+    rank: int,
+    ranks: Sequence[int],
+    group: Any,
+    tag: int,
+    timeout: timedelta | None = None,
 ) -> Exchange:
     """Send a part to every other rank and receive one from each.
 
@@ -65,6 +80,7 @@ def exchange(
         ranks: global ranks of the group.
         group: the process group, on gloo.
         tag: the same on all ranks, and different from that of exchanges under way.
+        timeout: how long it may take; None leaves the group's own to each message.
 
     Returns:
         The exchange under way; both lists of tensors must live until it is waited for.
@@ -76,4 +92,4 @@ def exchange(
         if receive[peer].numel()
     ]
     works += [dist.isend(send[peer], ranks[peer], group=group, tag=tag) for peer in peers if send[peer].numel()]
-    return Exchange(works)
+    return Exchange(works, timeout)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from distmuon.bucket import Bucket
 from distmuon.clock import PhaseClock
-from distmuon.comm import Pending
 from distmuon.errors import SynchronizationError
+from distmuon.pending import Pending
 from distmuon.waves import IN_FLIGHT_BYTES
 
 Gathering = tuple[Bucket, Pending]

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from distmuon.bricks import Kind
-from distmuon.bucket import BoundParam, form
-from distmuon.config import GroupSettings, UpdateSettings, parse
-from distmuon.errors import ConfigError, ParameterError
-from distmuon.splits import row_blocks
+from distmuon.config import GroupSettings, ShardSettings, UpdateSettings, parse, plain, printable
+from distmuon.errors import ConfigError, ParameterError, StateError
 
 log = logging.getLogger(__name__)
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMED_LIKE_A_TABLE = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b", re.IGNORECASE)
+
+# What a group says about its parameters; it is the optimizer's own, not a saved group's.
+STRUCTURE = ("params", "param_names", "positions", "split", "expert_group", "kind")
+# What torch's schedulers and DeepSpeed keep in a group.
+_KEPT = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "name", "moe"}
+_KNOWN = frozenset({*GroupSettings.model_fields, *STRUCTURE, *_KEPT})
+_OF_THE_OPTIMIZER = frozenset(ShardSettings.model_fields) - _KNOWN
+# Options of torch's optimizers; one that is off says what is done here anyway.
+_NOT_SUPPORTED = {"amsgrad", "capturable", "dampening", "differentiable", "foreach", "fused", "maximize"}
+# Finds one wrong letter in "eps", and lets a scheduler's or a user's own "lr_scale", "max_lr", "no_decay" pass.
+_TYPO = 0.65
 
 Params = Iterable[Any]
 
@@ -35,8 +44,9 @@ def to_groups(params: Params) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: nothing was passed.
+        ParameterError: something else than parameters was passed.
     """
-    items = list(params)
+    items = _in_order(params)
     if not items:
         raise ConfigError("params is empty; pass model.named_parameters() or distmuon.param_groups(model).")
     if not isinstance(items[0], Mapping):
@@ -49,8 +59,11 @@ def to_groups(params: Params) -> list[dict[str, Any]]:
                 f'params mixes groups with {type(item).__name__}; every group is a dict with "params".'
             )
         given = dict(item)
-        given["params"] = members = [given["params"]] if isinstance(given["params"], Tensor) else list(given["params"])
+        alone = isinstance(given["params"], Tensor)
+        given["params"] = members = [given["params"]] if alone else _in_order(given["params"])
         if "kind" in given:
+            for member in members:
+                _named_tensor(member)
             groups.append({"positions": list(range(before, before + len(members))), **given})
         else:
             groups += _by_shape(given, before)
@@ -58,25 +71,31 @@ def to_groups(params: Params) -> list[dict[str, Any]]:
     return groups
 
 
-def complete_group(group: dict[str, Any], settings: UpdateSettings, experts: Set[str] = frozenset()) -> None:
+def complete_group(
+    group: dict[str, Any],
+    settings: UpdateSettings,
+    experts: Set[str] = frozenset(),
+    rates: Mapping[str, Tensor] | None = None,
+) -> None:
     """Fill a group's missing settings and check them all, in place.
 
     Args:
         group: a param group with "kind".
         settings: the optimizer's settings.
         experts: names that the group's "expert_group" may have.
+        rates: learning rates by kind where they are tensors; the group gets a copy of its own.
 
     Raises:
-        ConfigError: a setting is out of range; the group is unchanged then.
+        ConfigError: a setting is out of range or unknown; the group is unchanged then.
     """
-    kind = group.get("kind")
-    if kind not in ("muon", "adamw"):
-        raise ConfigError(f'param group "kind" = {kind!r} is not legal: use "muon" or "adamw".')
+    kind = _kind(group)
     if group.get("expert_group", "") not in {"", *experts}:
         raise ConfigError(
             f'param group "expert_group" = {group["expert_group"]!r} is not legal: expert_groups has {sorted(experts)}.'
         )
-    full = {**settings.group_defaults(kind), **group}
+    rate = (rates or {}).get(kind)
+    copied = {} if rate is None else {"lr": rate.detach().clone()}
+    full = {**settings.group_defaults(kind), **copied, **group}
     check_group(full)
     group.update(full)
 
@@ -85,81 +104,156 @@ def check_group(group: Mapping[str, Any]) -> GroupSettings:
     """Read a group's settings as plain numbers.
 
     Args:
-        group: a complete param group; lr may be a one-element tensor.
+        group: a complete param group; numbers may be one-element tensors.
 
     Returns:
         The settings.
 
     Raises:
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is missing or out of range, or a key is unknown and looks like one that is not.
     """
-    plain = {key: group[key] for key in GroupSettings.model_fields}
-    plain["betas"] = tuple(plain["betas"])
-    plain = {key: value.item() if isinstance(value, Tensor) else value for key, value in plain.items()}
-    return parse(GroupSettings, plain, "param group")
+    _kind(group)
+    for key in sorted(group.keys() - _KNOWN, key=str):
+        _check_unknown(str(key), group[key])
+    given = {key: plain(group[key]) for key in GroupSettings.model_fields if key in group}
+    return parse(GroupSettings, given, "param group")
 
 
-def bind(
-    groups: list[dict[str, Any]], first: int, others: Sequence[BoundParam] = ()
-) -> tuple[list[BoundParam], list[BoundParam]]:
-    """Check the parameters of groups and list them in the order of the forward pass.
+def check_saved(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Check the param groups of a state dict as those of a constructor are checked.
 
     Args:
-        groups: complete param groups.
-        first: index of groups[0] among the optimizer's groups.
-        others: parameters that the optimizer has already.
+        state_dict: what the optimizer is to load.
+        groups: the optimizer's param groups.
 
     Returns:
-        Parameters to optimize, sorted by the groups' "positions" where given, and frozen parameters.
+        For each group what ``restore_group`` takes.
 
     Raises:
-        ParameterError: names a parameter that cannot be optimized as it is.
+        StateError: the state dict has other groups, or lacks settings.
+        ConfigError: a setting is out of range or unknown.
     """
-    found: list[tuple[int, BoundParam]] = []
-    for number, group in enumerate(groups, start=first):
-        tensors = group["params"]
-        names = group.get("param_names") or [f"group{number}.param{i}" for i in range(len(tensors))]
-        positions = group.get("positions") or [0] * len(tensors)
-        for name, tensor, position in zip(names, tensors, positions, strict=True):
-            split = row_blocks(name, tensor.shape, group.get("split"))
-            if split and group["kind"] != "muon":
-                raise ParameterError(f'parameter "{name}" has kind "adamw" and cannot be split; leave "split" out.')
-            found.append((position, BoundParam(name, tensor, group["kind"], number, form(tensor), split)))
-    found.sort(key=lambda item: item[0])
-    params = [param for _, param in found]
-    trained = [param for param in params if param.tensor.requires_grad]
-    for param in trained:
-        _check(param)
-    _check_storage([*others, *trained])
-    return trained, [param for param in params if not param.tensor.requires_grad]
+    found = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if not isinstance(found, Sequence) or not all(isinstance(group, Mapping) for group in found):
+        raise StateError('what is to be loaded has no list "param_groups"; pass what state_dict() returned.')
+    if len(found) != len(groups):
+        raise StateError(f"the state dict has {len(found)} param groups and the optimizer has {len(groups)}.")
+    for number, (saved, group) in enumerate(zip(found, groups, strict=True)):
+        missing = sorted(GroupSettings.model_fields.keys() - saved.keys())
+        if missing:
+            raise StateError(f"the state dict's param groups lack {missing}; it is not complete.")
+        check_group(saved)
+        members = saved.get("params")
+        given = (saved["kind"], len(members) if isinstance(members, Sequence) else 0)
+        if given != (group["kind"], len(group["params"])):
+            raise StateError(
+                f"param group {number} of the state dict has {given[1]} parameters of kind {given[0]!r} and the "
+                f"optimizer's has {len(group['params'])} of kind {group['kind']!r}."
+            )
+    return [{key: value for key, value in saved.items() if key not in STRUCTURE} for saved in found]
 
 
-def check_unchanged(trained: list[BoundParam], frozen: list[BoundParam]) -> None:
-    """Make sure that parameters are still what they were when the optimizer was built.
+def check_entry(where: str, saved: Any, own: Mapping[str, Any]) -> None:
+    """Check one entry of a state dict's "state".
 
     Args:
-        trained: parameters that required a gradient.
-        frozen: parameters that did not.
+        where: what the entry belongs to, for messages.
+        saved: the entry, as it was found.
+        own: the state that it is to replace: float32 tensors, counts, and counts by key.
 
     Raises:
-        ParameterError: names one that changed.
+        StateError: names what is missing, of another shape or type, or unknown.
     """
-    for param in trained:
-        if not param.tensor.requires_grad:
-            raise ParameterError(
-                f'parameter "{param.name}" was frozen after the optimizer was built; freeze it before.'
-            )
-        if form(param.tensor) != param.form:
-            raise ParameterError(
-                f'parameter "{param.name}" was {param.form} when the optimizer was built and is {form(param.tensor)}; '
-                "cast, move or reshape the model before."
-            )
-    for param in frozen:
-        if param.tensor.requires_grad:
-            raise ParameterError(
-                f'parameter "{param.name}" was frozen when the optimizer was built and is not any more; '
-                "build the optimizer after unfreezing it."
-            )
+    given = saved if isinstance(saved, Mapping) else {}
+    for key in [*own, *sorted(given.keys() - own.keys(), key=str)]:
+        value, live = given.get(key), own.get(key)
+        if isinstance(live, Tensor):
+            fits = isinstance(value, Tensor) and value.shape == live.shape and value.is_floating_point()
+            needed = f"a float tensor of shape {tuple(live.shape)} is needed"
+        elif isinstance(live, Mapping):
+            fits = isinstance(value, Mapping) and value.keys() == live.keys() and all(map(_is_count, value.values()))
+            needed = f"counts for {sorted(live)} are needed"
+        else:
+            fits = live is not None and _is_count(value)
+            needed = "nothing is needed" if live is None else "a count is needed"
+        if not fits:
+            found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else printable(repr(value))
+            raise StateError(f'state "{printable(str(key))}" of {where} is {found}; {needed}.')
+
+
+def restore_group(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Take over saved settings; a number that is kept in a tensor is filled in there, since others may hold the tensor.
+
+    Args:
+        group: a param group, changed in place.
+        saved: what ``check_saved`` returned for it; not kept.
+    """
+    for key, value in saved.items():
+        held, number = group.get(key), plain(value)
+        if isinstance(held, Tensor) and held.numel() == 1 and isinstance(number, int | float):
+            held.detach().fill_(number)
+        else:
+            group[key] = copy.deepcopy(value)
+
+
+def pack_groups(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Describe param groups for a state dict, as torch does: parameters are numbered through all groups.
+
+    Args:
+        groups: the optimizer's param groups.
+
+    Returns:
+        New dicts with the groups' own values.
+    """
+    packed, start = [], 0
+    for group in groups:
+        end = start + len(group["params"])
+        packed.append({**{k: v for k, v in group.items() if k != "params"}, "params": list(range(start, end))})
+        start = end
+    return packed
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _kind(group: Mapping[str, Any]) -> Kind:
+    kind = group.get("kind")
+    if not isinstance(kind, str) or kind not in ("muon", "adamw"):
+        raise ConfigError(f'param group "kind" = {kind!r} is not legal: use "muon" or "adamw".')
+    return kind  # type: ignore[return-value]
+
+
+def _check_unknown(key: str, value: Any) -> None:
+    """Let others keep what they like in a group, but nothing that its user takes for a setting."""
+    shown = printable(key)
+    if key in _OF_THE_OPTIMIZER:
+        own = key.removeprefix("adamw_")
+        name = f'call it "{own}" there' if own in GroupSettings.model_fields else "pass it to the optimizer"
+        raise ConfigError(f'param group: "{shown}" is not a setting of param groups; {name}.')
+    if key in _NOT_SUPPORTED:
+        if isinstance(value, Tensor) or value:
+            raise ConfigError(f'param group: "{shown}" is not supported; leave it out.')
+        return
+    near = difflib.get_close_matches(key.casefold(), sorted(_KNOWN), n=1, cutoff=_TYPO)
+    if near:
+        raise ConfigError(f'param group: unknown key "{shown}"; did you mean "{near[0]}"?')
+
+
+def _in_order(params: Any) -> list[Any]:
+    if isinstance(params, Tensor | set | frozenset | str) or not isinstance(params, Iterable):
+        raise ParameterError(
+            f"params is a {type(params).__name__}; pass model.named_parameters(), or a list, which keeps its order."
+        )
+    return list(params)
+
+
+def _named_tensor(member: Any) -> tuple[str, Tensor]:
+    """Name, "" if it has none, and tensor of one of the things that were passed as parameters."""
+    name, tensor = member if isinstance(member, tuple) and len(member) == 2 else ("", member)
+    if not isinstance(tensor, Tensor) or not isinstance(name, str):
+        raise ParameterError(f"params holds a {type(tensor).__name__}; it takes tensors or (name, tensor) pairs.")
+    return name, tensor
 
 
 def _by_shape(group: dict[str, Any], before: int) -> list[dict[str, Any]]:
@@ -169,9 +263,7 @@ def _by_shape(group: dict[str, Any], before: int) -> list[dict[str, Any]]:
     positions: dict[Kind, list[int]] = {"muon": [], "adamw": []}
     by_name: list[str] = []
     for position, member in enumerate(members, start=before):
-        name, tensor = member if isinstance(member, tuple) else ("", member)
-        if not isinstance(tensor, Tensor):
-            raise ParameterError(f"params holds a {type(tensor).__name__}; it takes tensors or (name, tensor) pairs.")
+        name, tensor = _named_tensor(member)
         table = bool(_NAMED_LIKE_A_TABLE.search(name))
         if tensor.ndim == 2 and table:
             by_name.append(name)
@@ -189,34 +281,3 @@ def _by_shape(group: dict[str, Any], before: int) -> list[dict[str, Any]]:
         for kind, chosen in split.items()
         if chosen
     ]
-
-
-def _check(param: BoundParam) -> None:
-    tensor = param.tensor
-    problem = None
-    if tensor.dtype not in _DTYPES:
-        problem = f"has dtype {tensor.dtype}; float32, bfloat16 and float16 are supported"
-    elif tensor.layout != torch.strided:
-        problem = f"has layout {tensor.layout}; make it dense"
-    elif not tensor.is_contiguous():
-        problem = f"is not contiguous (strides {tuple(tensor.stride())}); call .contiguous() on it first"
-    elif not tensor.is_leaf:
-        problem = "is not a leaf of the autograd graph; pass nn.Parameters"
-    elif param.kind == "muon" and tensor.ndim not in (2, 3):
-        problem = f'has {tensor.ndim} dimensions and kind "muon", which takes [A, B] or [E, A, B]; give it kind "adamw"'
-    if problem:
-        raise ParameterError(f'parameter "{param.name}" {problem}.')
-
-
-def _check_storage(params: list[BoundParam]) -> None:
-    """Refuse parameters whose memory overlaps: updating one would change the other behind its back."""
-    extents = sorted(
-        (p.tensor.data_ptr(), p.tensor.data_ptr() + p.tensor.numel() * p.tensor.element_size(), p.name)
-        for p in params
-        if p.tensor.numel()
-    )
-    for (_, end, name), (start, _, other) in zip(extents, extents[1:], strict=False):
-        if start < end:
-            raise ParameterError(
-                f'parameters "{name}" and "{other}" share storage; tie weights by using one Parameter in both places.'
-            )

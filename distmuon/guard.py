@@ -101,6 +101,20 @@ def vote(group: Group, sum_of_squares: Tensor, entries: Entries) -> Verdict:
     return judge(total)
 
 
+def gather_names(group: Group, names: Sequence[str]) -> list[str]:
+    """Collect names from all ranks.
+
+    Args:
+        group: all ranks.
+        names: this rank's.
+
+    Returns:
+        Every name once, in the order of the ranks.
+    """
+    texts = group.all_gather_text(json.dumps(list(names)))
+    return list(dict.fromkeys(name for text in texts for name in json.loads(text)))
+
+
 def _first_difference(ours: list[list[str]], rank: int, theirs: list[list[str]]) -> str:
     for failed, entries in ((0, ours), (rank, theirs)):
         if entries and entries[0][0] == _FAILED:

@@ -72,6 +72,10 @@ def orthogonalize(x: Tensor, ns: NewtonSchulz | None = None, largest: Tensor | N
     return (o_BMN.mT if x.shape[-2] > x.shape[-1] else o_BMN).reshape(x.shape)
 
 
+# Smallest normal number of float32 and bfloat16.
+_SMALLEST_NORMAL = 2.0**-126
+
+
 def _check_largest(largest: Tensor, x: Tensor) -> None:
     if largest.shape != x.shape[:-2] or largest.dtype != torch.float32 or x.dtype == torch.float64:
         raise ParameterError(
@@ -112,7 +116,8 @@ def prescale(
 
     Returns:
         [B, M, N] in that dtype: with its largest element around 1 / sqrt(max(M, N)), or for float16 with a Frobenius
-        norm in [16, 32). The cast is the only rounding. A zero matrix stays zero, a non-finite one non-finite.
+        norm in [16, 32). The cast is the only rounding. A zero matrix stays zero, one without an element of at least
+        2^-126 becomes zero, a non-finite one stays non-finite.
     """
     if x_BMN.dtype == torch.float64:
         x_BMN = _into_float32_range(x_BMN)
@@ -128,6 +133,8 @@ def prescale(
     else:
         root = 2.0 ** math.ceil(math.log2(long_side or max(x_BMN.shape[-2:])) / 2)
         divisor_B11 = (divisor_B11 * root).clamp(max=2.0**127)
+    # A subnormal matrix would keep a norm too small to be measured, and be scaled until it diverges; it counts as zero.
+    divisor_B11 = divisor_B11.masked_fill(largest_B11 < _SMALLEST_NORMAL, math.inf)
     # What the cast made anew is divided where it is.
     return (x_BMN / divisor_B11 if x_BMN is given_BMN else x_BMN.div_(divisor_B11)).to(dtype)
 

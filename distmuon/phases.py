@@ -90,7 +90,8 @@ def apply(
     """
     full = bucket.take_buffer(bucket.dtype)
     weights = bucket.load_weights(full)
-    bucket.updates += 1
+    for group_number in bucket.updates:
+        bucket.updates[group_number] += 1
     for held in bucket.held:
         group = settings[held.group]
         direction = directions[held.matrix].reshape(-1)[held.within : held.within + held.length]
@@ -116,7 +117,7 @@ def _apply_adamw(
             grad[span.part][part],
             bucket.first_moment[span.part][part],
             second[part],
-            step=bucket.updates,
+            step=bucket.updates[span.group],
             lr=group.lr,
             betas=group.betas,
             eps=group.eps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from distmuon import guard
@@ -13,6 +14,18 @@ from distmuon.comm import Group
 from distmuon.config import GroupSettings
 from distmuon.errors import ConfigError, SynchronizationError
 from distmuon.reducer import Reducer
+
+
+def count_of_groups(groups: Sequence[object]) -> tuple[str, str]:
+    """What ranks must agree on before anything else: one may have added a param group alone.
+
+    Args:
+        groups: param groups or their settings.
+
+    Returns:
+        A (what, value) pair.
+    """
+    return "a number of param groups of", str(len(groups))
 
 
 class StepSettings(NamedTuple):
@@ -32,7 +45,7 @@ class StepSettings(NamedTuple):
         ]
         scale = ("a loss scale (distmuon.GradScaler keeps it equal) of", repr(self.loss_scale))
         overlapped = ("overlap_forward", repr(self.overlap_forward))
-        return [*pairs, scale, ("max_norm", repr(self.limit)), overlapped]
+        return [count_of_groups(self.groups), *pairs, scale, ("max_norm", repr(self.limit)), overlapped]
 
 
 class Readiness(NamedTuple):
@@ -72,6 +85,19 @@ def get_ready(main: Group, reducer: Reducer, check: Callable[[], StepSettings]) 
     if error:
         raise error
     return Readiness(verdict, settings)
+
+
+def compare_in_vote(main: Group, entries: guard.Entries) -> None:
+    """Compare entries where ranks that have nothing to compare are in the vote of ``get_ready``.
+
+    Args:
+        main: all ranks.
+        entries: (what, value) pairs.
+
+    Raises:
+        RankMismatchError: they differ; raised on every rank.
+    """
+    guard.vote(main, torch.zeros((), dtype=torch.float64, device=main.device), entries)
 
 
 def check_clip(clip: tuple[float, float | None] | None, loss_scale: float, default: float | None) -> float | None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from distmuon.blocks import sum_of_squares
 from distmuon.bucket import BoundParam, Bucket
-from distmuon.comm import Group, Pending
+from distmuon.comm import Group
 from distmuon.errors import ParameterError, SynchronizationError
+from distmuon.pending import Pending
 
 _OWNER = "_distmuon_owner"
 
@@ -134,6 +135,17 @@ class Reducer:
                 total += sum_of_squares(reduction.mean).to(device)
         return total
 
+    def non_finite(self) -> list[str]:
+        """Names of parameters that have elements in this rank's shards whose mean gradients are not finite."""
+        names: dict[str, None] = {}
+        for reduction in self.reductions:
+            bucket, mean = reduction.bucket, reduction.mean
+            if mean is not None and not bool(sum_of_squares(mean).isfinite()):
+                for piece in bucket.plan.pieces[bucket.rank]:
+                    if not bool(mean[piece.offset : piece.offset + piece.length].isfinite().all()):
+                        names[bucket.params[piece.param].name] = None
+        return list(names)
+
     def reset(self) -> None:
         """Forget every gradient that was reduced or accumulated, waiting for reductions under way."""
         if self._begun:
@@ -217,7 +229,7 @@ class Reducer:
                 for index in reduction.bucket.plan.params:
                     reduction.bucket.accumulate_grad(index, full)
             full = reduction.full = full.to(self._reduce_dtype)
-            reduction.pending = reduction.group.reduce_scatter(full, reduction.bucket.plan.lengths)
+            reduction.pending = reduction.group.reduce_scatter(full, reduction.bucket.plan.lengths, self._next)
             reduction.accumulated = None
             reduction.marks = reduction.bucket.grad_marks()
             self._next += 1

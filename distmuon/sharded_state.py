@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distmuon.config import GroupSettings
 from distmuon.errors import StateError
-from distmuon.groups import check_group
+from distmuon.groups import check_entry
 from distmuon.plan import Plan
 from distmuon.reducer import BucketReduction
 
@@ -29,7 +28,7 @@ def save(
         Dict of tensors and plain values; the tensors are the live state, not copies.
     """
     state = {
-        index: {**reduction.bucket.state(), "updates": reduction.bucket.updates}
+        index: {**reduction.bucket.state(), "updates": dict(reduction.bucket.updates)}
         for index, reduction in enumerate(reductions)
     }
     header = {"format": FORMAT, "rank": rank, "plans": [plan.digest for plan in plans]}
@@ -41,19 +40,14 @@ def check(
     reductions: Sequence[BucketReduction],
     plans: Sequence[Plan],
     rank: int,
-    groups: Sequence[Mapping[str, Any]],
-) -> list[dict[str, Any]]:
-    """Make sure that a state dict fits before anything is changed.
+) -> None:
+    """Make sure that the shard of a state dict fits before anything is changed.
 
     Args:
         state_dict: what ``save`` returned.
         reductions: the optimizer's reductions.
         plans: the plans they belong to.
         rank: this rank.
-        groups: the optimizer's param groups.
-
-    Returns:
-        The saved settings of each param group, without parameters.
 
     Raises:
         StateError: names what does not fit.
@@ -70,23 +64,11 @@ def check(
         raise StateError(
             f"the state dict is rank {header.get('rank')}'s shard and this is rank {rank}; load the own one."
         )
-    saved = [{k: v for k, v in group.items() if k != "params"} for group in state_dict.get("param_groups", ())]
-    if len(saved) != len(groups):
-        raise StateError(f"the state dict has {len(saved)} param groups and the optimizer has {len(groups)}.")
-    for settings in saved:
-        missing = GroupSettings.model_fields.keys() - settings.keys()
-        if missing:
-            raise StateError(f"the state dict's param groups lack {sorted(missing)}; it is not complete.")
-        check_group(settings)
+    entries = state_dict.get("state")
+    entries = entries if isinstance(entries, Mapping) else {}
     for index, reduction in enumerate(reductions):
-        if not isinstance(state_dict.get("state", {}).get(index, {}).get("updates"), int):
-            raise StateError(f'state "updates" of bucket {index} is missing; the state dict is not complete.')
-        for key, tensor in reduction.bucket.state().items():
-            found = state_dict["state"][index].get(key)
-            if found is None or found.shape != tensor.shape:
-                shape = None if found is None else tuple(found.shape)
-                raise StateError(f'state "{key}" of bucket {index} is {shape}; {tuple(tensor.shape)} is needed.')
-    return saved
+        own = {**reduction.bucket.state(), "updates": reduction.bucket.updates}
+        check_entry(f"bucket {index}", entries.get(index), own)
 
 
 def load(state_dict: Mapping[str, Any], reductions: Sequence[BucketReduction]) -> None:
@@ -100,4 +82,4 @@ def load(state_dict: Mapping[str, Any], reductions: Sequence[BucketReduction]) -
         saved = state_dict["state"][index]
         for key, tensor in reduction.bucket.state().items():
             tensor.copy_(saved[key])
-        reduction.bucket.updates = int(saved["updates"])
+        reduction.bucket.updates = {group: int(count) for group, count in saved["updates"].items()}

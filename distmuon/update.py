@@ -6,6 +6,7 @@ wherever a shard boundary puts it.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -72,6 +73,8 @@ def adamw_(
     beta1, beta2 = betas
     weight.mul_(1.0 - lr * weight_decay)
     first.mul_(beta1).add_(grad * (1.0 - beta1))
-    second.mul_(beta2).add_(grad.square().mul_(1.0 - beta2))
+    # A finite gradient whose square is not would stop its element for good.
+    square = grad.square().clamp_(max=torch.finfo(grad.dtype).max)
+    second.mul_(beta2).add_(square.mul_(1.0 - beta2))
     denominator = second.sqrt().div_((1.0 - beta2**step) ** 0.5).add_(eps)
     weight.sub_((first / denominator).mul_(lr / (1.0 - beta1**step)))

@@ -7,6 +7,8 @@ set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # torchrun kills ranks this many seconds after SIGTERM; its own 30 s are short for a large checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
+# Without this, restarted ranks find the addresses of dead ones in the store they share with torchrun, and fail to connect.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 
 command=(
     torchrun
@@ -22,4 +24,5 @@ if [[ "${DRY_RUN:-0}" == 1 ]]; then
     printf '%q ' "${command[@]}"
     exit 0
 fi
-exec "${command[@]}"
+source "$(dirname "${BASH_SOURCE[0]}")/supervise.sh"
+supervise "${command[@]}"

@@ -12,4 +12,5 @@ if [[ "${DRY_RUN:-0}" == 1 ]]; then
     printf '%q ' "${command[@]}"
     exit 0
 fi
-exec "${command[@]}"
+source "$(dirname "${BASH_SOURCE[0]}")/supervise.sh"
+supervise "${command[@]}"

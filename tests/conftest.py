@@ -12,6 +12,8 @@ import torch
 
 from tests.ranks import RankPool
 
+pytest_plugins = ["tests.faults.plugin"]
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> Iterator[None]:

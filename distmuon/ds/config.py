@@ -156,6 +156,7 @@ def _refusals(engine: Any) -> list[tuple[bool, str, str]]:
         ),
         (bool(getattr(zero, "zero_quantized_weights", False)), "zero_quantized_weights", "set it to false"),
         (getattr(zero, "zero_hpz_partition_size", 1) != 1, "zero_hpz_partition_size", "set it to 1"),
+        (engine.use_node_local_storage(), "checkpoint.use_node_local_storage", "use a directory all nodes share"),
         (bool(zero.elastic_checkpoint), "zero_optimization.elastic_checkpoint", "set it to false"),
         (bool(config.disable_allgather), "disable_allgather", "set it to false"),
         (clip < 0, f"gradient_clipping = {clip}", "set it to 0, which does not clip, or above"),

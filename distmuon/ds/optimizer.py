@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
-from distmuon import guard
 from distmuon.dist_muon import DistMuon
-from distmuon.errors import StateError
 
 
 class ZeroDistMuon(DistMuon, ZeROOptimizer):
@@ -78,38 +76,8 @@ class ZeroDistMuon(DistMuon, ZeROOptimizer):
         self.overflow = self.skipped_steps > skipped
         return result
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's shard, for the engine's checkpoint files."""
-        # The engine's own tools read the stage; their flat layout is not ours, so its keys are left out.
-        return {**super().state_dict(), "zero_stage": 1}
-
-    def load_state_dict(  # type: ignore[override]
-        self,
-        state_dict_list: Sequence[dict[str, Any] | None],
-        load_optimizer_states: bool = True,
-        load_from_fp32_weights: bool = True,
-        **_: Any,
-    ) -> None:
-        """Restore this rank's shard from the engine's list of one state dict a rank.
-
-        Args:
-            state_dict_list: state dicts by rank; only this rank's is read.
-            load_optimizer_states: whether to restore anything; False leaves the present state, and
-                weights as loaded.
-            load_from_fp32_weights: whether 16-bit parameters continue from the saved master weights.
-
-        Raises:
-            StateError: the checkpoint belongs to another optimizer, plan or rank; nothing is changed then.
-        """
-        if not load_optimizer_states:
-            return
-        own = state_dict_list[self._main.rank] if self._main.rank < len(state_dict_list) else None
-        with guard.shared_failure(self._main):
-            if own is None:
-                raise StateError(f"the checkpoint has no optimizer state for data-parallel rank {self._main.rank}.")
-        super().load_state_dict(own)
-        if not load_from_fp32_weights:
-            self.refresh_fp32_params()
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise TypeError("the optimizer of an engine is tied to it and cannot be copied; save a checkpoint instead.")
 
     def refresh_fp32_params(self) -> None:
         """Take the master weights of 16-bit parameters from the parameters."""
@@ -117,5 +85,3 @@ class ZeroDistMuon(DistMuon, ZeROOptimizer):
         for reduction in self._reducer.reductions:
             if reduction.bucket.master is not None:
                 reduction.bucket.master.copy_(reduction.bucket.pack_shard())
-
-    _restore_from_bit16_weights = refresh_fp32_params

@@ -1,6 +1,6 @@
 """Makes ``"optimizer": "DistMuon"`` known to DeepSpeed.
 
-DeepSpeed has no plug-in mechanism, so five methods are wrapped; each wrapper passes everything that is not DistMuon on
+DeepSpeed has no plug-in mechanism, so seven methods are wrapped; each wrapper passes everything that is not DistMuon on
 to the original.
 """
 
@@ -36,6 +36,8 @@ def register(deepspeed: Any) -> None:
     wrap_function_wrapper(engine_module, "DeepSpeedEngine._configure_basic_optimizer", _configure_basic_optimizer)
     wrap_function_wrapper(engine_module, "DeepSpeedEngine._do_optimizer_sanity_check", _do_optimizer_sanity_check)
     wrap_function_wrapper(engine_module, "DeepSpeedEngine._configure_zero_optimizer", _configure_zero_optimizer)
+    wrap_function_wrapper(engine_module, "DeepSpeedEngine.save_checkpoint", _save_checkpoint)
+    wrap_function_wrapper(engine_module, "DeepSpeedEngine.load_checkpoint", _load_checkpoint)
     setattr(engine_module, _MARK, True)
 
 
@@ -77,3 +79,19 @@ def _do_optimizer_sanity_check(wrapped: Wrapped, engine: Any, args: Args, kwargs
 def _configure_zero_optimizer(wrapped: Wrapped, engine: Any, args: Args, kwargs: Kwargs) -> Any:
     optimizer = args[0] if args else kwargs["optimizer"]
     return optimizer if isinstance(optimizer, DistMuon) else wrapped(*args, **kwargs)
+
+
+def _save_checkpoint(wrapped: Wrapped, engine: Any, args: Args, kwargs: Kwargs) -> Any:
+    if not isinstance(engine.optimizer, DistMuon):
+        return wrapped(*args, **kwargs)
+    from distmuon.ds.checkpoints import save_checkpoint
+
+    return save_checkpoint(engine, *args, **kwargs)
+
+
+def _load_checkpoint(wrapped: Wrapped, engine: Any, args: Args, kwargs: Kwargs) -> Any:
+    if not isinstance(engine.optimizer, DistMuon):
+        return wrapped(*args, **kwargs)
+    from distmuon.ds.checkpoints import load_checkpoint
+
+    return load_checkpoint(engine, *args, **kwargs)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from distmuon.config import Rate, parse
+from distmuon.config import Rate, parse, printable
 from distmuon.errors import ConfigError
 from distmuon.ns_settings import NewtonSchulz
 from distmuon.strict import Strict
@@ -88,7 +88,7 @@ class OptimizerConfig(Strict):
     """Placement: whole matrices, ZeRO-1's equal contiguous shards, or teams that share large matrices."""
     transport: Literal["auto", "scatter", "owner"] = "auto"
     """Equal shards in every bucket, unequal ones in smaller buckets, or the faster of both."""
-    bucket_mb: float | None = Field(default=None, gt=0)
+    bucket_mb: float | None = Field(default=None, gt=0, le=1e6)
     """Least size of a reduce-scatter in MB; None means 25, or 10^6 elements a rank if that is more."""
     overlap_forward: bool = False
     """Whether parameters are gathered while the next forward begins."""
@@ -137,12 +137,14 @@ class EvaluationConfig(Strict):
 
 
 class CheckpointConfig(Strict):
-    """Checkpoints by ``engine.save_checkpoint``; one is always written at the end."""
+    """Checkpoints; one is always written at the end."""
 
     every: int = Field(default=250, ge=1)
     """Updates between checkpoints."""
     keep: int = Field(default=2, ge=1)
     """Number of newest checkpoints that are kept."""
+    background: bool = True
+    """Whether they are written while training goes on, from a copy of the state on the host."""
 
 
 class RunConfig(Strict):
@@ -156,6 +158,10 @@ class RunConfig(Strict):
     """"auto" continues the run of this name from its newest checkpoint, if it has been started."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of weights and data order."""
+    timeout_s: float = Field(default=600.0, gt=0, le=86400)
+    """Seconds after which a rank that waits for another one ends with an error."""
+    watchdog_s: float = Field(default=120.0, gt=0, le=86400)
+    """Seconds, or twice the median step if longer, after which a rank without progress writes down where it stands."""
     trace: bool = False
     """Whether to write a timeline of some updates as trace.json, for chrome://tracing and Perfetto."""
     trace_steps: int = Field(default=3, ge=1)
@@ -230,10 +236,14 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing or not TOML.
     """
+    shown = printable(str(path), 400)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         folders = "configs/runs, configs/models and configs/machines"
-        raise ConfigError(f"{path} does not exist; look in {folders}.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as TOML: {error}.") from None
+        raise ConfigError(f"{shown} does not exist; look in {folders}.") from None
+    except RecursionError:
+        raise ConfigError(f"{shown} cannot be read as TOML: its lists or tables are nested too deeply.") from None
+    except (OSError, ValueError) as error:
+        # Besides bytes that are no text and text that is no TOML: a number of thousands of digits.
+        raise ConfigError(f"{shown} cannot be read as TOML: {printable(str(error), 200)}.") from None

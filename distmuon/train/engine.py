@@ -19,19 +19,36 @@ from torch.optim.lr_scheduler import LambdaLR
 from distmuon.routing import Routes, routes
 from distmuon.train.config import OptimizerConfig, RunConfig, ScheduleConfig
 
-# A rank that waits longer than this for another one ends with an error.
-_TIMEOUT = timedelta(minutes=10)
 
+def join_ranks(timeout_s: float = 600.0) -> None:
+    """Initialize torch.distributed for the ranks that torchrun or deepspeed started, or for one rank alone.
 
-def join_ranks() -> None:
-    """Initialize torch.distributed for the ranks that torchrun or deepspeed started, or for one rank alone."""
+    Args:
+        timeout_s: seconds after which a rank that waits for another one ends with an error.
+    """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
     if not torch.cuda.is_available():
         # On a CPU, DeepSpeed would compile a shared-memory extension for about a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False)
+    timeout = timedelta(seconds=timeout_s)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _join_attempt(timeout)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+
+
+def _join_attempt(timeout: timedelta) -> None:
+    """Join the ranks of this attempt only: torchrun's store still has the addresses of those it restarted."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    shared = dist.TCPStore(address, port, world, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}", shared)  # type: ignore[attr-defined]
+    backend = deepspeed.get_accelerator().communication_backend_name()
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, None, timeout, world, rank, store)
 
 
 def device() -> torch.device:

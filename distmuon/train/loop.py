@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from contextlib import closing
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from distmuon.dist_muon import DistMuon
-from distmuon.errors import DistMuonError
 from distmuon.train import engine as engines
 from distmuon.train.config import RunConfig
 from distmuon.train.data import SequenceOrder, TokenData, gather
@@ -31,12 +28,11 @@ from distmuon.train.metrics import (
 from distmuon.train.preemption import StopRequest
 from distmuon.train.progress import Progress
 from distmuon.train.provenance import environment, routing_summary
+from distmuon.train.saving import checkpoints_of, resume
 from distmuon.train.trace import Tracer
+from distmuon.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-# A run that cannot use its gradients this many times in a row is stopped.
-_MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Totals(NamedTuple):
@@ -68,7 +64,7 @@ class Trainer:
         # The recorded learning rate is that of most parameters: the hidden matrices'.
         sizes = [sum(p.numel() for p in group["params"]) for group in engine.optimizer.param_groups]
         self.largest_group = sizes.index(max(sizes))
-        self.skipped_in_a_row = 0
+        self.checkpoints = checkpoints_of(engine, run.directory / "checkpoints", run.checkpoint)
         self.started = time.perf_counter()
 
     @property
@@ -78,9 +74,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
-        if (self.checkpoints / "latest").exists():
-            _, state = self.engine.load_checkpoint(str(self.checkpoints))
-            self.done = int(state["updates"])
+        self.done = resume(self.engine, self.run.directory / "checkpoints")
 
     def fit(self, stop: StopRequest) -> None:
         """Run all remaining updates and leave a final checkpoint and record.
@@ -93,34 +87,34 @@ class Trainer:
         self.tracer = Tracer(run, self.done, self.dist_muon.clock if self.dist_muon else None)
         self._record_start()
         progress = Progress(run.schedule.updates, initial=self.done, enabled=self.rank == 0)
-        with progress, closing(self.tracer):
+        watchdog = Watchdog(run.directory, self.rank, run.watchdog_s)
+        with progress, watchdog, closing(self.tracer):
             while self.done < run.schedule.updates:
                 self.tracer.begin(self.done + 1)
                 record, stopping = self._update(stop.received)
+                watchdog.beat(self.done)
                 progress.update(self.done, record.loss, record.tokens_per_s)
                 traced = self.tracer.end(self.done, stopping)
                 if traced and self.metrics:
                     self.metrics.write(traced)
                     progress.note(f"timeline of updates {traced.first} to {traced.last}: {self.tracer.path}")
                 if self.done % run.evaluation.every == 0 and self.done < run.schedule.updates:
-                    score = self._evaluate()
+                    with watchdog.paused():
+                        score = self._evaluate()
                     progress.note(f"update {self.done}: validation loss {score.loss:.4f}")
                 if self.done == run.schedule.updates:
                     break
                 if stopping or self.done % run.checkpoint.every == 0:
-                    self._save()
+                    with watchdog.paused():
+                        self.checkpoints.save(self.done, last=stopping)
                 if stopping:
                     progress.note(f"stopped by SIGTERM after update {self.done}; go on with --resume auto")
                     return
-            self._save()
-            score = self._evaluate()
+            with watchdog.paused():
+                self.checkpoints.save(self.done, last=True)
+                score = self._evaluate()
             self._record_final(score)
             progress.note(f"final validation loss {score.loss:.4f} over {run.evaluation.sequences} sequences")
-
-    @property
-    def checkpoints(self) -> Path:
-        """Directory of the checkpoints."""
-        return self.run.directory / "checkpoints"
 
     def _update(self, stop: bool) -> tuple[StepRecord, bool]:
         """One optimizer update; also whether any rank wants to stop."""
@@ -149,7 +143,6 @@ class Trainer:
         )
         if self.metrics:
             self.metrics.write(record)
-        self._stop_if_stuck(skipped)
         return record, totals.stop
 
     def _forward_backward(self, stop: bool) -> Totals:
@@ -177,14 +170,6 @@ class Trainer:
         load = (counts_LE.amax(1) / counts_LE.mean(1)).max()
         return Totals(float(sums[0]), float(sums[1]), float(load), stop=bool(sums[2] > 0))
 
-    def _stop_if_stuck(self, skipped: bool) -> None:
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
-            raise DistMuonError(
-                f"{self.skipped_in_a_row} updates in a row, up to {self.done}, had gradients that are not finite; "
-                'lower optimizer.lr, or switch precision.autocast "off" to find out where they overflow.'
-            )
-
     def _evaluate(self) -> Score:
         context, micro = self.run.model.context, self.run.batch.micro_sequences
         sequences = self.run.evaluation.sequences
@@ -201,16 +186,6 @@ class Trainer:
                 )
             )
         return score
-
-    def _save(self) -> None:
-        """Write a checkpoint on all ranks, then drop the oldest beyond those to keep."""
-        self.engine.save_checkpoint(
-            str(self.checkpoints), tag=f"update{self.done:07d}", client_state={"updates": self.done}
-        )
-        dist.barrier()
-        if self.rank == 0:
-            for old in sorted(self.checkpoints.glob("update*"))[: -self.run.checkpoint.keep]:
-                shutil.rmtree(old)
 
     def _state_bytes(self) -> list[int]:
         """Optimizer state of every rank."""

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any, cast
 
-from distmuon.config import field_type, parse
+from distmuon.config import field_type, parse, printable
 from distmuon.errors import ConfigError
 from distmuon.train.config import RunConfig
 
@@ -31,7 +31,7 @@ def override(run: RunConfig, flags: Sequence[str]) -> RunConfig:
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):
-            raise ConfigError(f'"{flag}" is not a flag; write overrides as --table.key value.')
+            raise ConfigError(f'"{printable(flag)}" is not a flag; write overrides as --table.key value.')
         name, equals, text = flag.removeprefix("--").partition("=")
         path = name.replace("-", "_").split(".")
         switched_off = [*path[:-1], path[-1].removeprefix("no_")]
@@ -40,7 +40,7 @@ def override(run: RunConfig, flags: Sequence[str]) -> RunConfig:
             continue
         if not equals:
             if not rest:
-                raise ConfigError(f"--{name} has no value; write --{name} VALUE.")
+                raise ConfigError(f"--{printable(name)} has no value; write --{printable(name)} VALUE.")
             text = rest.pop(0)
         _set(table, path, _value(path, text))
     return parse(RunConfig, table, "command line")
@@ -51,7 +51,7 @@ def _set(table: dict[str, Any], path: list[str], value: object) -> None:
     for part in path[:-1]:
         inner = inner.get(part) if isinstance(inner, dict) else None
     if not isinstance(inner, dict):
-        raise ConfigError(f"--{'.'.join(path)} is not a flag; distmuon train --help lists them.")
+        raise ConfigError(f"--{printable('.'.join(path))} is not a flag; distmuon train --help lists them.")
     inner[path[-1]] = value
 
 
@@ -67,5 +67,6 @@ def _value(path: list[str], text: str) -> Any:
         return None
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
+        # Not TOML, hence text; or a value that no setting takes.
         return text

@@ -11,8 +11,10 @@ from distmuon.train.metrics import FILE_NAME, read_metrics
 
 # What may differ between the parts of a run; anything else would change what its curve means.
 _MAY_DIFFER = {
-    *("name", "out", "resume", "trace", "trace_steps"),
-    *("checkpoint.every", "checkpoint.keep", "evaluation.every", "data.cache_dir"),
+    *("name", "out", "resume", "timeout_s", "trace", "trace_steps", "watchdog_s"),
+    *("checkpoint.background", "checkpoint.every", "checkpoint.keep", "evaluation.every", "data.cache_dir"),
+    # Placement: checkpoints load under any.
+    *("model.ep_size", "optimizer.policy", "optimizer.transport", "optimizer.bucket_mb", "optimizer.overlap_forward"),
 }
 
 

@@ -48,7 +48,7 @@ def train(run: RunConfig, local_rank: int = 0, world: int = 1) -> Path:
     data = prepare(run.data, progress=local_rank == 0)
     _check_data(run, data)
     engines.quiet_deepspeed()
-    engines.join_ranks()
+    engines.join_ranks(run.timeout_s)
     _check_shared(run, before)
     metrics = MetricsWriter(run.directory, append=before.started) if dist.get_rank() == 0 else None
     trainer: Trainer | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
@@ -28,6 +29,7 @@ from tests.distributed.scenario import (
 from tests.distributed.scenario import train_in_process as train_plain
 from tests.ranks import RankPool, run_threads
 
+Figure = Callable[[str], None]
 WORLDS = [1, 2, 3, 4, 8]
 CASES = [
     Case(exact=True, ns=ns, clip=clip, dtype=dtype)
@@ -50,24 +52,29 @@ def alone(case: Case) -> tuple[str, ...]:
     return tuple(run_threads(1, train, case)[0].digests)
 
 
+@pytest.mark.fault("F10")
 @pytest.mark.parametrize("case", CASES, ids=name)
 @pytest.mark.parametrize("bucket_mb", [SMALL_MB, LARGE_MB])
 @pytest.mark.parametrize("policy", ["balanced", "flat"])
 @pytest.mark.parametrize("world", WORLDS)
-def test_world_and_policy_change_no_bit(world: int, policy: str, bucket_mb: float, case: Case) -> None:
+def test_world_and_policy_change_no_bit(world: int, policy: str, bucket_mb: float, case: Case, figure: Figure) -> None:
     """The same mean gradient gives the same bits on every rank after every step."""
     runs = run_threads(world, train, replace(case, policy=policy, bucket_mb=bucket_mb))
     assert len(set(alone(case))) == case.steps
-    for run in runs:
-        assert tuple(run.digests) == alone(case)
+    different = sum(tuple(run.digests) != alone(case) for run in runs)
+    figure(f"{policy}, {name(case)}: {different} of {world} ranks differ from one rank in a bit")
+    assert different == 0
 
 
+@pytest.mark.fault("F10")
 @pytest.mark.parametrize("policy", ["balanced", "flat"])
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_processes_give_the_same_bits(pool: RankPool, world: int, policy: str) -> None:
+def test_processes_give_the_same_bits(pool: RankPool, world: int, policy: str, figure: Figure) -> None:
     case = CASES[3]
-    for answer in pool.run(world, train_plain, asdict(replace(case, policy=policy))):
-        assert tuple(answer["digests"]) == alone(case)
+    answers = pool.run(world, train_plain, asdict(replace(case, policy=policy)))
+    different = sum(tuple(answer["digests"]) != alone(case) for answer in answers)
+    figure(f"{policy}, {name(case)}: {different} of {world} gloo ranks differ from one rank in a bit")
+    assert different == 0
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
@@ -84,11 +91,14 @@ def test_reduce_dtype_changes_no_exact_bit(world: int) -> None:
         assert tuple(run.digests) == alone(CASES[1])
 
 
+@pytest.mark.fault("F19")
 @pytest.mark.parametrize("policy", ["balanced", "flat"])
-def test_two_runs_are_equal(policy: str) -> None:
+def test_two_runs_are_equal(policy: str, figure: Figure) -> None:
     case = Case(policy=policy, ns="bfloat16", clip=1.0, accumulation=2)
     first, second = (run_threads(3, train, case) for _ in range(2))
-    assert [run.digests for run in first] == [run.digests for run in second]
+    equal = sum(a.digests == b.digests for a, b in zip(first, second, strict=True))
+    figure(f"{policy}: {equal} of {len(first)} ranks of a second run in the same process have the bits of the first")
+    assert equal == len(first)
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])

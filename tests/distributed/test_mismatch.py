@@ -16,6 +16,7 @@ from tests.distributed.scenario import Case, backward, digest, gradients, optimi
 from tests.ranks import RankPool, run_threads
 
 Groups = list[dict[str, Any]]
+Figure = Callable[[str], None]
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Parameter:
@@ -88,8 +89,10 @@ SETTINGS: dict[str, Any] = {
     "bucket_mb": 1.0,
     "max_grad_norm": 0.5,
     "ns": distmuon.NewtonSchulz(steps=4),
+    "coefficients": distmuon.NewtonSchulz(preset="cubic5"),
 }
 SHOWN_AS = {
+    "coefficients": "cubic5",
     "adamw_betas": "betas",
     "adamw_eps": "eps",
     "adamw_lr": "lr",
@@ -104,7 +107,7 @@ def construct(rank: int, world: int, what: str, odd: int, group: Any = None) -> 
         if what in STRUCTURE:
             STRUCTURE[what][0](groups, settings)
         else:
-            settings[what] = SETTINGS[what]
+            settings["ns" if what == "coefficients" else what] = SETTINGS[what]
     start = time.monotonic()
     try:
         distmuon.DistMuon(groups, process_group=group, **settings)
@@ -114,36 +117,45 @@ def construct(rank: int, world: int, what: str, odd: int, group: Any = None) -> 
 
 
 def construct_in_process(rank: int, world: int, group: Any, what: str, odd: int) -> tuple[str, str, float]:
+    # What is timed is the disagreement, not what the first optimizer of a process imports.
+    assert construct(rank, world, "order", -1, group)[0] == "nothing"
     return construct(rank, world, what, odd, group)
 
 
-def check_mismatch(what: str, results: list[tuple[str, str, float]]) -> None:
+def check_mismatch(what: str, results: list[tuple[str, str, float]], figure: Figure) -> None:
+    raised = sum(kind == RankMismatchError.__name__ for kind, _, _ in results)
+    slowest = max(seconds for _, _, seconds in results)
+    figure(f"{what}: {raised} of {len(results)} ranks raise, the last after {1000 * slowest:.0f} ms")
     expected = STRUCTURE[what][1] if what in STRUCTURE else SHOWN_AS.get(what, what)
     for kind, message, seconds in results:
         assert kind == RankMismatchError.__name__, (kind, message)
         assert expected in message
         assert "\n" not in message
-        assert seconds < 10.0
+        assert seconds < 2.0
     assert len({message for _, message, _ in results}) == 1
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize("what", [*STRUCTURE, *SETTINGS])
 @pytest.mark.parametrize(("world", "odd"), [(2, 0), (2, 1), (4, 2)])
-def test_ranks_that_disagree(world: int, odd: int, what: str) -> None:
+def test_ranks_that_disagree(world: int, odd: int, what: str, figure: Figure) -> None:
     """Every rank gets the same error, naming the first difference."""
-    check_mismatch(what, run_threads(world, construct, what, odd))
+    check_mismatch(what, run_threads(world, construct, what, odd), figure)
 
 
-@pytest.mark.parametrize(("world", "what"), [(2, "order"), (4, "shape"), (4, "count"), (2, "dtype"), (4, "lr")])
-def test_processes_that_disagree(pool: RankPool, world: int, what: str) -> None:
-    check_mismatch(what, pool.run(world, construct_in_process, what, world - 1))
+@pytest.mark.fault("F15")
+@pytest.mark.parametrize("what", ["order", "shape", "dtype", "lr", "coefficients", "count"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_that_disagree(pool: RankPool, world: int, what: str, figure: Figure) -> None:
+    check_mismatch(what, pool.run(world, construct_in_process, what, world - 1), figure)
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize(
     ("setting", "factor"), [("lr", 0.5), ("momentum", 0.5), ("weight_decay", 0.5), ("lr", float("nan"))]
 )
 @pytest.mark.parametrize("world", [2, 4])
-def test_setting_that_diverges_later(world: int, setting: str, factor: float) -> None:
+def test_setting_that_diverges_later(world: int, setting: str, factor: float, figure: Figure) -> None:
     """A scheduler on one rank only is an error on every rank at that step, and the state stays as it was."""
 
     def body(rank: int, ranks: int) -> str:
@@ -163,4 +175,7 @@ def test_setting_that_diverges_later(world: int, setting: str, factor: float) ->
             opt.zero_grad()
         return str(caught.value)
 
-    assert all(setting in message for message in run_threads(world, body, timeout=5.0))
+    start = time.monotonic()
+    messages = run_threads(world, body, timeout=5.0)
+    figure(f"{setting} differs at a step: {world} of {world} ranks raise, {time.monotonic() - start:.2f} s in all")
+    assert all(setting in message for message in messages)

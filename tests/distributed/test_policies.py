@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -21,6 +22,8 @@ from tests.distributed.placed import train as train_placed
 from tests.distributed.scenario import MODEL, SMALL_MB, Case, advance, digest, gradients, optimizer, parameters
 from tests.oracle import relative
 from tests.ranks import RankPool, run_threads
+
+Figure = Callable[[str], None]
 
 CASES = [
     Case(exact=True, ns="float32", clip=1.0),
@@ -48,12 +51,18 @@ def alone(case: Case) -> list[str]:
     return run_threads(1, exact, case, "auto")[0][0]  # type: ignore[no-any-return]
 
 
+@pytest.mark.fault("F10")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.ns},{case.dtype},{case.accumulation}")
 @pytest.mark.parametrize(("policy", "transport"), WAYS)
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
-def test_exact_gradients_give_the_same_bits(world: int, policy: str, transport: str, case: Case) -> None:
-    for digests, transports in run_threads(world, exact, replace(case, policy=policy), transport):
-        assert digests == alone(case)
+def test_exact_gradients_give_the_same_bits(
+    world: int, policy: str, transport: str, case: Case, figure: Figure
+) -> None:
+    runs = run_threads(world, exact, replace(case, policy=policy), transport)
+    different = sum(digests != alone(case) for digests, _ in runs)
+    figure(f"{policy}, {transport}, {case.dtype}: {different} of {world} ranks differ from one rank in a bit")
+    assert different == 0
+    for _, transports in runs:
         assert transports == ["owner" if transport == "owner" else "scatter"]
     assert len(set(alone(case))) == case.steps
 
@@ -137,24 +146,30 @@ def test_teams_in_bfloat16(shapes: str) -> None:
     agree(job, teams, run_threads(3, threaded, job)[0], 0.03)
 
 
+@pytest.mark.fault("F14")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 @pytest.mark.parametrize("shapes", ["tall", "wide"])
-def test_teams_do_not_depend_on_the_size_of_gradients(shapes: str, scale: float, dtype: str) -> None:
+def test_teams_do_not_depend_on_the_size_of_gradients(shapes: str, scale: float, dtype: str, figure: Figure) -> None:
     """All slices are divided by the same power of two, that of the largest element of the whole matrix."""
     job = Job(MATRICES[shapes], ns={"dtype": dtype}, policy="team", steps=1)
     usual = run_threads(3, threaded, job)[0]
     extreme = run_threads(3, threaded, replace(job, scale=scale))
+    off = relative(total_update(job, extreme[0]), total_update(job, usual))
+    figure(f"a team of 3, {shapes}, {dtype}, gradients times {scale:g}: the update changes by {off:.2g}")
     agree(job, extreme, {**usual, "slices": []}, 1e-5 if dtype == "float32" else 0.03)
 
 
+@pytest.mark.fault("F14")
 @pytest.mark.parametrize("shapes", ["tall", "wide", "odd"])
-def test_teams_keep_a_zero_matrix_zero(shapes: str) -> None:
+def test_teams_keep_a_zero_matrix_zero(shapes: str, figure: Figure) -> None:
     """Only weight decay moves it."""
     job = Job(MATRICES[shapes], zero=("w",), steps=1)
     teams = run_threads(3, threaded, replace(job, policy="team"))
     whole = run_threads(3, threaded, job)[0]
-    assert [answer["params"]["w"] for answer in teams] == [whole["params"]["w"]] * 3
+    kept = sum(answer["params"]["w"] == whole["params"]["w"] for answer in teams)
+    figure(f"a team of 3, {shapes}: a matrix without a gradient is only decayed on {kept} ranks")
+    assert kept == 3
     agree(job, teams, whole, 1e-5)
 
 

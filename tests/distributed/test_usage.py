@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-import copy
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -35,6 +35,8 @@ from tests.distributed.scenario import (
 )
 from tests.oracle import relative
 from tests.ranks import run_threads
+
+Figure = Callable[[str], None]
 
 
 def test_second_backward_is_refused() -> None:
@@ -187,8 +189,9 @@ class Tied(nn.Module):
         return nn.functional.cross_entropy(logits, tokens)
 
 
+@pytest.mark.fault("F13", "F16")
 @pytest.mark.parametrize("give", ["named_parameters", "param_groups"])
-def test_tied_and_frozen_parameters(give: str) -> None:
+def test_tied_and_frozen_parameters(give: str, figure: Figure) -> None:
     """Two ranks learn what one rank learns from both batches, whatever order backward comes in."""
 
     def batch(rank: int, step: int) -> torch.Tensor:
@@ -215,7 +218,9 @@ def test_tied_and_frozen_parameters(give: str) -> None:
     first, second = run_threads(2, body)
     (alone,) = run_threads(1, body)
     assert first[0] == second[0]
-    assert relative(first[1], alone[1]) < 1e-4
+    off = relative(first[1], alone[1])
+    figure(f"tied and frozen layers, {give}: 2 equal ranks, {off:.1e} from one rank on both batches")
+    assert off < 1e-4
     assert alone[3] < 0.8 * alone[2]
 
 
@@ -243,7 +248,8 @@ def test_replaced_optimizer_is_forgotten() -> None:
         assert update_error(run, against) < EXACT_NS
 
 
-def test_one_parameter_on_four_ranks() -> None:
+@pytest.mark.fault("F16")
+def test_one_parameter_on_four_ranks(figure: Figure) -> None:
     """Fewer elements than ranks, and more ranks than matrices."""
 
     def body(rank: int, world: int) -> list[float]:
@@ -257,11 +263,14 @@ def test_one_parameter_on_four_ranks() -> None:
         return [*w.flatten().tolist(), *b.tolist()]
 
     alone = run_threads(1, lambda rank, world: body(1, 1))[0]
-    for values in run_threads(4, body):
-        assert values == pytest.approx(alone, rel=1e-5)
+    ranks = run_threads(4, body)
+    worst = max(abs(a / b - 1) for values in ranks for a, b in zip(values, alone, strict=True))
+    figure(f"one matrix and one element on 4 ranks: values within {worst:.1e} of one rank's")
+    assert worst < 1e-5
 
 
-def test_empty_parameter() -> None:
+@pytest.mark.fault("F16")
+def test_empty_parameter(figure: Figure) -> None:
     """A parameter without elements is carried along."""
 
     def body(rank: int, world: int) -> list[str]:
@@ -275,12 +284,5 @@ def test_empty_parameter() -> None:
 
     results = run_threads(2, body)
     assert results[0] == results[1]
+    figure(f"beside a parameter without elements: {len({rank for rank, _ in results})} set of bits on 2 ranks")
     assert results[0][1] != digest(torch.ones(8, 32))
-
-
-def test_copies_are_refused() -> None:
-    """A copy would have neither hooks nor shards; torch's own copying keeps only part of an optimizer."""
-    opt = distmuon.DistMuon([Parameter(torch.ones(2, 2))])
-    with pytest.raises(TypeError, match="save its state_dict"):
-        copy.deepcopy(opt)
-    assert copy.deepcopy(opt.state_dict())["param_groups"]

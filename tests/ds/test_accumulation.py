@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -92,10 +93,12 @@ def repeat(rank: int, world: int, group: Any, gas: int) -> tuple[dict[str, Any],
     return {name: p.numpy() for name, p in weights(engine).items()}, sum(batches)
 
 
-def test_05_momentum_advances_once_per_step(ds2: RankPool) -> None:
+@pytest.mark.fault("S5")
+def test_05_momentum_advances_once_per_step(ds2: RankPool, figure: Callable[[str], None]) -> None:
     """Silent failure 5: ZeRO-3 momentum advanced, and Newton-Schulz ran, with every micro-batch."""
     once, often = ds2.run(2, repeat, 1), ds2.run(2, repeat, 4)
     for (few, calls), (many, same) in zip(once, often, strict=True):
+        figure(f"DeepSpeed: {calls} orthogonalizations with 1 micro-batch a step, {same} with 4, in 3 steps")
         assert calls == same
         for name, value in few.items():
             torch.testing.assert_close(torch.tensor(many[name]), torch.tensor(value), rtol=1e-5, atol=1e-6)

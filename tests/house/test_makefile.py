@@ -201,6 +201,14 @@ def test_bench_runs_all_that_the_documents_quote_or_the_one_that_is_named(checko
     assert checkout.log() == ["-m distmuon bench ns --quick"]
 
 
+def test_soak_runs_all_parts_or_the_one_that_is_named(checkout: Checkout) -> None:
+    assert checkout.run("make", "soak").returncode == 0
+    assert checkout.log()[-1].strip() == "-m tests.soak"
+    assert checkout.run("make", "soak", "ARGS=kills --minutes 2").returncode == 0
+    assert checkout.log() == ["-m tests.soak kills --minutes 2"]
+    assert checkout.run("make", "soak", fail="tests.soak").returncode != 0
+
+
 CHECKS = [
     "ruff check .",
     "ruff format --check .",

@@ -19,17 +19,27 @@ ROUNDOFF = {BRAIN: 2**-8, HALF: 2**-11, SINGLE: 2**-24}
 ACCUMULATION = 2e-6
 
 
-def assert_rounded_once(y: Tensor, exact: Tensor) -> None:
-    """Every element is within one rounding of the exact one; what was never written holds NaN and is not."""
+def assert_rounded_once(y: Tensor, exact: Tensor) -> float:
+    """Every element is within one rounding of the exact one; what was never written holds NaN and is not.
+
+    Returns the largest distance in units of that bound.
+    """
     assert exact.dtype == torch.float64
     assert y.shape == exact.shape
     if y.numel() == 0:
-        return
+        return 0.0
     bound = ROUNDOFF[y.dtype] * exact.abs() + ACCUMULATION * exact.abs().amax(dim=(-2, -1), keepdim=True)
     excess = (y.double() - exact).abs() / bound
     worst = excess.nan_to_num(torch.inf).argmax()
     at = tuple(int(i) for i in torch.unravel_index(worst, y.shape))
     assert bool((excess <= 1).all()), f"{y[at]} at {at}, exactly {exact[at]}: {excess[at]:.3g} times the bound"
+    return float(excess.max())
+
+
+def ulps(y: Tensor, other: Tensor) -> float:
+    """Largest distance of two results, in units in the last place of their largest element."""
+    largest = float(other.double().abs().max())
+    return float((y.double() - other.double()).abs().max()) / (power_of_two(largest) * 2 * ROUNDOFF[y.dtype])
 
 
 def symmetric_product(a: Tensor, b: Tensor, c: Tensor | None, scalars: Tensor) -> Tensor:

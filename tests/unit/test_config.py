@@ -99,6 +99,7 @@ RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("adamw_eps", [1e-30, 1.0], [0.0, -1e-8]),
     ("adamw_weight_decay", [None, 0.0], [-1.0]),
     ("max_grad_norm", [None, 1e-9, 5], [0.0, -1.0, float("inf")]),
+    ("max_skipped_steps", [None, 1, 5, 10**9], [0, -1, 2.5, True, "5"]),
     ("adamw_backend", ["auto", "torch", "apex"], ["cuda", None]),
     ("policy", ["balanced", "flat", "team"], ["zero", None]),
     ("transport", ["auto", "scatter", "owner"], ["ring", None]),

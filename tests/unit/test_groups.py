@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from distmuon import DistMuon, Muon
+from distmuon.binding import bind
 from distmuon.errors import ConfigError, ParameterError
-from distmuon.groups import bind, check_group, complete_group, to_groups
+from distmuon.groups import check_group, complete_group, to_groups
 
 OPTIMIZERS = [DistMuon, Muon]
 

@@ -164,7 +164,8 @@ def read_hf(target: str, field: str) -> Iterator[Document]:
 def _json(line: str, where: str) -> object:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Besides text that is no JSON: a number of thousands of digits, and as many brackets.
         raise DataError(f"{where} is not JSON ({error}); repair the line.") from None
 
 

@@ -1,0 +1,53 @@
+"""What is in a checkpoint, as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from distmuon.checkpoint.verify import Contents
+
+_LONGEST_VALUE = 60
+
+
+def describe(contents: Contents) -> Iterator[str]:
+    """Describe a checkpoint for a person.
+
+    Args:
+        contents: what ``verify`` returned.
+
+    Yields:
+        Lines of text: the checkpoint, its kinds of tensors, its param groups, what else it keeps, every parameter.
+    """
+    manifest, state = contents.manifest, contents.state
+    size = sum(file.bytes for file in manifest.files.values())
+    yield f"{contents.path} is whole: {len(manifest.files)} files, {size:,} bytes"
+    yield f"step {contents.step}, saved by {contents.world_size} ranks, schema {manifest.schema_number}"
+    yield ""
+    yield f"{'section':14} {'tensors':>8} {'elements':>16} {'bytes':>16}"
+    sections: dict[str, list[tuple[int, int]]] = {}
+    for key, (dtype, shape) in contents.tensors.items():
+        numel = math.prod(shape)
+        sections.setdefault(key.partition("/")[0], []).append((numel, numel * getattr(torch, dtype).itemsize))
+    for section, sizes in sorted(sections.items()):
+        yield f"{section:14} {len(sizes):8,} {sum(n for n, _ in sizes):16,} {sum(b for _, b in sizes):16,}"
+    for number, settings in enumerate(state.groups):
+        names = [name for name, parameter in state.parameters.items() if parameter.group == number]
+        updates = max((state.parameters[name].updates for name in names), default=0)
+        yield ""
+        yield f"param group {number}: {len(names)} parameters after {updates} updates"
+        yield "  " + ", ".join(f"{key} = {value}" for key, value in sorted(settings.items()))
+    if state.extra:
+        yield ""
+        yield "extra: " + ", ".join(f"{key} = {_short(value)}" for key, value in sorted(state.extra.items()))
+    yield ""
+    for key, (dtype, shape) in sorted(contents.tensors.items()):
+        if key.startswith(("weight/", "buffer/")):
+            yield f"{key.partition('/')[2]:50} {dtype:9} {list(shape)}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
