@@ -81,6 +81,6 @@ def write_header(file: Path, table: dict[str, Any], data: bytes) -> None:
 def stored(path: Path) -> Iterator[tuple[str, str, Any]]:
     """(File, key, tensor) of every shard, read without distmuon."""
     for shard in shards(path):
-        with safe_open(shard, "pt") as opened:  # type: ignore[no-untyped-call]
+        with safe_open(shard, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 yield shard.name, key, opened.get_tensor(key)

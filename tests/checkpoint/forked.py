@@ -1,5 +1,7 @@
 """Processes that may die: forks of one prepared process, as one rank or as gloo ranks of their own."""
 
+# mypy: disable-error-code="attr-defined"
+
 from __future__ import annotations
 
 import importlib
@@ -39,9 +41,7 @@ def _body(target: str, rank: int, world: int, store: str, pipe: Connection, args
     if store:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         group_store = dist.FileStore(store, world)
-        dist.init_process_group(
-            "gloo", store=group_store, rank=rank, world_size=world, timeout=timedelta(seconds=20)
-        )
+        dist.init_process_group("gloo", store=group_store, rank=rank, world_size=world, timeout=timedelta(seconds=20))
     module, name = target.split(":")
     try:
         answer = Answer(0, getattr(importlib.import_module(module), name)(rank, world, *args))
@@ -56,7 +56,7 @@ def start(fn: Callable[..., Any], world: int, folder: str, *args: Any) -> list[t
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     store = str(Path(folder) / "store") if world > 1 else ""
-    started = []
+    started: list[tuple[BaseProcess, Connection]] = []
     for rank in range(world):
         mine, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_body, args=(_target(fn), rank, world, store, theirs, args), daemon=True)

@@ -231,7 +231,8 @@ def places(piece: Any) -> Tensor:
     if not piece.width:
         return torch.arange(piece.start, piece.start + piece.length)
     rows = piece.start + piece.stride * torch.arange(piece.length // piece.width)
-    return (rows[:, None] + torch.arange(piece.width)).flatten()
+    found: Tensor = rows[:, None] + torch.arange(piece.width)
+    return found.flatten()
 
 
 def assemble(entries: list[tuple[str, tuple[int, ...], Tensor, Tensor]]) -> Whole:

@@ -130,7 +130,9 @@ def test_rolling_back_keeps_what_is_newer(tmp_path: Path) -> None:
     assert found(tmp_path) == 2
 
 
-@pytest.mark.parametrize("pointer", [None, b"", b"\n", b"step_00000009\n", b"\xff\xfe\x00", b"x" * 10_000, b"..\n", b".\n"])
+@pytest.mark.parametrize(
+    "pointer", [None, b"", b"\n", b"step_00000009\n", b"\xff\xfe\x00", b"x" * 10_000, b"..\n", b".\n"]
+)
 def test_without_a_usable_pointer_the_newest_whole_step_is_taken(
     tmp_path: Path, pointer: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -279,7 +281,11 @@ def disagree(rank: int, world: int, folder: Path, what: str) -> str:
     model, opt = build(SPEC, Way(world))
     arguments: dict[str, Any] = {"step": 3, "extra": {"a": 1}}
     if rank == 1:
-        other = {"step": {"step": 4}, "illegal step": {"step": -1}, "illegal extra": {"extra": {"a": {1}}}}
+        other: dict[str, dict[str, Any]] = {
+            "step": {"step": 4},
+            "illegal step": {"step": -1},
+            "illegal extra": {"extra": {"a": {1}}},
+        }
         arguments |= other[what]
     with pytest.raises(CheckpointError) as caught:
         checkpoint.save(folder, model, opt, **arguments)

@@ -47,7 +47,9 @@ def test_a_golden_checkpoint_loads(schema: str, way: Way, figure: Figure) -> Non
     assert contents(HERE / schema) == before
     size = sum(map(len, before.values())) / 1024
     assert size <= 100
-    figure(f"{schema}, {size:.0f} KiB, written by {WORLD} ranks, on {way.world}: 0 of {8 * 1024 * size:.0f} bits differ")
+    figure(
+        f"{schema}, {size:.0f} KiB, written by {WORLD} ranks, on {way.world}: 0 of {8 * 1024 * size:.0f} bits differ"
+    )
 
 
 @pytest.mark.fault("F23")
@@ -60,7 +62,7 @@ def test_a_golden_checkpoint_is_whole(schema: str, figure: Figure) -> None:
 
 def test_there_is_one_of_every_schema() -> None:
     newest = max(body(step_directory(HERE / schema, STEP))["schema_number"] for schema in GOLDEN)
-    assert GOLDEN == [f"schema_{number}" for number in range(1, newest + 1)]
+    assert [f"schema_{number}" for number in range(1, newest + 1)] == GOLDEN
     from distmuon.checkpoint.manifest import SCHEMA
 
     assert newest == SCHEMA, "python -m tests.golden.make"

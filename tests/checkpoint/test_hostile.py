@@ -19,7 +19,17 @@ import torch
 
 from distmuon import checkpoint
 from distmuon.errors import DistMuonError
-from tests.checkpoint.disk import LATEST, MANIFEST, STATE, canonical, header, reseal, shards, step_directory, write_header
+from tests.checkpoint.disk import (
+    LATEST,
+    MANIFEST,
+    STATE,
+    canonical,
+    header,
+    reseal,
+    shards,
+    step_directory,
+    write_header,
+)
 from tests.checkpoint.forked import run_forked, values
 from tests.checkpoint.scene import Figure, Spec, Way, bits_differing, build, train, whole
 
@@ -75,7 +85,9 @@ def attack(rank: int, world: int, path: Path, damages: list[Damage]) -> list[dic
     model, opt = build(SPEC, ALONE, seed=8)
     train(model, opt, SPEC, 5, 6)
     before, seen = whole(model, opt), []
-    intact = {name: (path / name).read_bytes() for name in {d.name for d in damages} | ({MANIFEST} if damages else set())}
+    intact = {
+        name: (path / name).read_bytes() for name in {d.name for d in damages} | ({MANIFEST} if damages else set())
+    }
     attempts: list[Damage | None] = [*damages] or [None]
     for damage in attempts:
         for name, data in intact.items():
@@ -115,7 +127,9 @@ def examine(path: Path, figure: Figure, what: str, names: tuple[str, ...], damag
         assert seen["seconds"] <= 1, seen
         assert seen["growth"] <= 50, seen
     seconds, growth = (max(seen[key] for seen in answers) for key in ("seconds", "growth"))
-    figure(f"{what}: {len(answers)} of {len(answers)} attempts refused in {seconds:.2f} s, {growth:.1f} MiB more memory")
+    figure(
+        f"{what}: {len(answers)} of {len(answers)} attempts refused in {seconds:.2f} s, {growth:.1f} MiB more memory"
+    )
 
 
 @pytest.mark.fault("F7")
@@ -167,7 +181,9 @@ def widen(path: Path, shape: list[int], grow: bool) -> None:
 
 @pytest.mark.fault("F7")
 @pytest.mark.parametrize("grow", [False, True])
-@pytest.mark.parametrize("shape", [[2**40], [2**20, 2**20], [2**63, 2], [2**62, 0], [1] * 100_000], ids=lambda s: str(s)[:20])
+@pytest.mark.parametrize(
+    "shape", [[2**40], [2**20, 2**20], [2**63, 2], [2**62, 0], [1] * 100_000], ids=lambda s: str(s)[:20]
+)
 def test_a_tensor_of_enormous_size(step: Path, shape: list[int], grow: bool, figure: Figure) -> None:
     widen(step, shape, grow)
     examine(step, figure, f"shape {str(shape)[:20]}", ("weight/w.table", "shard-"))
@@ -242,7 +258,9 @@ def test_what_is_not_a_file(step: Path, tmp_path: Path, kind: str, name: str, fi
 
 
 @pytest.mark.fault("F7")
-@pytest.mark.parametrize("how", ["step", "LATEST", "LATEST names a parent", "LATEST names a path", "LATEST names a link"])
+@pytest.mark.parametrize(
+    "how", ["step", "LATEST", "LATEST names a parent", "LATEST names a path", "LATEST names a link"]
+)
 def test_links_to_a_checkpoint_elsewhere(step: Path, tmp_path: Path, how: str, figure: Figure) -> None:
     """Nothing outside the directory is loaded, even if it is whole."""
     outside = Path(shutil.copytree(step.parent, tmp_path / "outside"))
@@ -257,7 +275,9 @@ def test_links_to_a_checkpoint_elsewhere(step: Path, tmp_path: Path, how: str, f
         (step.parent / "link").symlink_to(step_directory(outside, 2))
         pointer.write_text("link\n")
     else:
-        pointer.write_text("../outside/step_00000002\n" if how.endswith("parent") else f"{step_directory(outside, 2)}\n")
+        pointer.write_text(
+            "../outside/step_00000002\n" if how.endswith("parent") else f"{step_directory(outside, 2)}\n"
+        )
     examine(step, figure, f"a link: {how}", ("copy",))
 
 

@@ -88,7 +88,9 @@ def watch(origin: Path, world: int) -> list[list[tuple[str, str]]]:
         return values(run_forked(save_and_die, folder, [], -1, world=world))
 
 
-def kill(before: tuple[Path, Whole, Whole], world: int, victims: list[int], die_at: int) -> tuple[int, int, list[Answer]]:
+def kill(
+    before: tuple[Path, Whole, Whole], world: int, victims: list[int], die_at: int
+) -> tuple[int, int, list[Answer]]:
     """Kill at one event; the step found, bits that differ, and how the processes ended."""
     with TemporaryDirectory() as name:
         folder = Path(shutil.copytree(before[0], Path(name) / "copy"))
@@ -173,7 +175,9 @@ def kill_at(before: Any, point: str, seed: int) -> tuple[int, int]:
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_a_named_point(before: Any, point: str, seed: int, figure: Figure) -> None:
     step, differing = kill_at(before, point, seed)
-    figure(f"killed where {point}, seed {seed}: step {step} loads, {differing} bits differ, debris gone at the next save")
+    figure(
+        f"killed where {point}, seed {seed}: step {step} loads, {differing} bits differ, debris gone at the next save"
+    )
     assert differing == 0
 
 
@@ -190,7 +194,9 @@ def test_ranks_killed_in_the_middle(before: Any, victims: list[int], figure: Fig
     survivors = [answer for rank, answer in enumerate(answers) if rank not in victims]
     assert all(answer.exitcode == 1 and "Error" in answer.error for answer in survivors), survivors
     assert seconds < 30
-    figure(f"ranks {victims} of 2 killed in a save: previous step loads, {differing} bits differ, over in {seconds:.1f} s")
+    figure(
+        f"ranks {victims} of 2 killed in a save: previous step loads, {differing} bits differ, over in {seconds:.1f} s"
+    )
 
 
 def die_later(rank: int, world: int, folder: Path, delay: float) -> None:
@@ -242,4 +248,6 @@ def test_everything_is_on_disk_before_it_is_named(before: Any, world: int, figur
     assert any(n > named for n in syncs_of_parent)
     removed = [n for n, (event, path) in enumerate(events) if event in ("os.remove", "os.rmdir") and "0001" in path]
     assert all(n > max(syncs_of_parent) or n > named for n in removed), "old steps go last"
-    figure(f"{world} ranks: {sum(map(len, written))} of {sum(map(len, written))} files synchronized before they are named")
+    figure(
+        f"{world} ranks: {sum(map(len, written))} of {sum(map(len, written))} files synchronized before they are named"
+    )

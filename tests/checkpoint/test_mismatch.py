@@ -203,5 +203,3 @@ def test_the_checkpoint_survives_being_refused(saved: Path, tmp_path: Path) -> N
     copy = Path(shutil.copytree(saved, tmp_path / "copy"))
     run_threads(2, attempt, without("norm"), Way(2), copy, {})
     assert checkpoint.verify(copy).step == 2
-
-

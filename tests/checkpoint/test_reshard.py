@@ -13,7 +13,20 @@ import pytest
 import torch
 
 from distmuon import checkpoint
-from tests.checkpoint.scene import Figure, LARGE_MB, ODD, SMALL_MB, Spec, Way, Whole, bits_differing, build, join_late, train, whole
+from tests.checkpoint.scene import (
+    LARGE_MB,
+    ODD,
+    SMALL_MB,
+    Figure,
+    Spec,
+    Way,
+    Whole,
+    bits_differing,
+    build,
+    join_late,
+    train,
+    whole,
+)
 from tests.ranks import run_threads
 
 WORLDS = (1, 2, 3, 4)
@@ -160,7 +173,15 @@ def test_there_and_back(root: Path, tmp_path: Path, spec: str, figure: Figure) -
 @pytest.mark.fault("F9")
 @pytest.mark.parametrize(("before", "after"), [(1, 16), (16, 1), (16, 3)])
 def test_more_ranks_than_elements(tmp_path: Path, before: int, after: int, figure: Figure) -> None:
-    spec = Spec({"nothing": ((0, 3), "adamw"), "one": ((1,), "adamw"), "dot": ((1, 1), "muon"), "two": ((2, 1), "muon"), "gain": ((), "adamw")})
+    spec = Spec(
+        {
+            "nothing": ((0, 3), "adamw"),
+            "one": ((1,), "adamw"),
+            "dot": ((1, 1), "muon"),
+            "two": ((2, 1), "muon"),
+            "gain": ((), "adamw"),
+        }
+    )
     saved, straight = run_threads(before, write, spec, Way(before), tmp_path)[0]
     differing = 0
     for loaded, later in run_threads(after, read, spec, Way(after, "flat"), tmp_path):
@@ -169,7 +190,9 @@ def test_more_ranks_than_elements(tmp_path: Path, before: int, after: int, figur
     assert differing == 0
 
 
-@pytest.mark.parametrize(("before", "after"), [({}, {"fused": 3}), ({"fused": 3}, {}), ({"fused": 2}, {"fused": [2, 10]})])
+@pytest.mark.parametrize(
+    ("before", "after"), [({}, {"fused": 3}), ({"fused": 3}, {}), ({"fused": 2}, {"fused": [2, 10]})]
+)
 def test_other_splits(tmp_path: Path, before: dict[str, object], after: dict[str, object]) -> None:
     """A split is how the optimizer works, not what it saves: the state is loaded, the split stays the own one."""
     saved, _ = run_threads(2, write, Spec(splits=before), Way(2, "flat"), tmp_path)[0]

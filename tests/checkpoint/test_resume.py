@@ -1,4 +1,4 @@
-"""Forty steps, and twenty, a new process, and twenty more: the same bits, with dropout, a schedule and data in order."""
+"""Forty steps, and twenty, a new process, and twenty more: the same bits, with dropout, a schedule and data."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def train(rank: int, world: int, parts: tuple[Net, Any, OneCycleLR, Data], steps
         x = data.batch(rank, world)
         noise = random.random() + np.random.standard_normal()  # noqa: NPY002
         loss = F.cross_entropy(model(x).float(), (x * 7 + 3) % VOCAB) * (1 + 0.01 * noise)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         opt.step()
         opt.zero_grad()
         scheduler.step()
@@ -104,7 +104,9 @@ def straight(rank: int, world: int, dtype: str, muon: bool, folder: Path) -> tup
     parts = setup(rank, dtype, muon)
     losses = train(rank, world, parts, HALF)
     model, opt, scheduler, data = parts
-    checkpoint.save(folder, model, opt, step=HALF, extra={"position": data.position, "scheduler": scheduler.state_dict()})
+    checkpoint.save(
+        folder, model, opt, step=HALF, extra={"position": data.position, "scheduler": scheduler.state_dict()}
+    )
     return losses + train(rank, world, parts, HALF), state(parts)
 
 
@@ -138,7 +140,9 @@ def test_resuming_is_as_if_nothing_had_happened(
             assert resumed[key] == value, key
         assert len(set(losses)) == 2 * HALF
     name = "Muon" if muon else "DistMuon"
-    figure(f"{name}, {world} ranks, {dtype}: {len(want[0][1]['tensors'])} tensors, generators, lr and data position equal")
+    figure(
+        f"{name}, {world} ranks, {dtype}: {len(want[0][1]['tensors'])} tensors, generators, lr and data position equal"
+    )
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:

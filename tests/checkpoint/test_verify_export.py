@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from distmuon import checkpoint
 from distmuon.errors import CheckpointError
-from tests.checkpoint.disk import contents, shards, step_directory, stored
+from tests.checkpoint.disk import contents, flip, shards, step_directory, stored
 from tests.checkpoint.scene import ODD, Spec, Way, Whole, bits_differing, build, train, whole
 from tests.ranks import ROOT, run_threads
 
@@ -84,9 +84,7 @@ def test_check_size_reads_no_tensors(saved: tuple[Path, Whole], tmp_path: Path) 
     for name, data in contents(step_directory(saved[0], 2)).items():
         (path / name).write_bytes(data)
     shard = shards(path)[0]
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
+    flip(shard, 8 * shard.stat().st_size - 1)
     assert checkpoint.verify(path, check="size").step == 2
     with pytest.raises(CheckpointError, match=shard.name):
         checkpoint.verify(path, check="full")

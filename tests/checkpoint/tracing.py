@@ -64,9 +64,9 @@ def trace(folder: Path, die_at: int = -1) -> Tracer:
     os.fsync = fsync  # type: ignore[assignment]
     gather = Group.all_gather_text
 
-    def vote(group: Group, text: str) -> list[str]:
+    def vote(self: Group, text: str) -> list[str]:
         tracer.note("vote", tracer.folder)
-        return gather(group, text)
+        return gather(self, text)
 
     Group.all_gather_text = vote  # type: ignore[method-assign]
     return tracer

@@ -68,9 +68,9 @@ class Recorder(TorchDispatchMode):
             yield
 
     def _named(self, issue: Any, family: str) -> Any:
-        def named(group: Any, full: Tensor, lengths: Any) -> Any:
+        def named(group: Any, full: Tensor, lengths: Any, *rest: Any) -> Any:
             before, self.calls = self.calls, []
-            pending = issue(group, full, lengths)
+            pending = issue(group, full, lengths, *rest)
             sent = sum(call.numel for call in self.calls if call.name == "send")
             assert {call.name for call in self.calls} <= {"send", "recv_"}
             self.calls = before

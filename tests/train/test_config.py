@@ -99,6 +99,7 @@ WRONG: list[tuple[str, Any]] = [
     *[("batch.sequences", 0), ("batch.micro_sequences", 0), ("batch.micro_sequences", True)],
     *[("precision.parameters", "float16"), ("precision.autocast", "on"), ("precision.matmul", "low")],
     *[("evaluation.every", 0), ("evaluation.sequences", 0)],
+    *[("checkpoint.background", 1), ("timeout_s", 0.0), ("timeout_s", 1e6), ("watchdog_s", 0.0), ("watchdog_s", "1")],
     *[("checkpoint.every", 0), ("checkpoint.keep", 0), ("trace", 1), ("trace_steps", 0), ("trace_steps", True)],
 ]
 
@@ -142,7 +143,7 @@ def test_specs_of_another_type(field: str, value: Any) -> None:
         ("optimizer.learning_rate", 'unknown key "optimizer.learning_rate"; legal keys are beta1, beta2, bucket_mb'),
         ("optimizer.weight_deacy", 'unknown key "optimizer.weight_deacy"; did you mean "weight_decay"?'),
         ("optimizer.ns.step", 'unknown key "optimizer.ns.step"; did you mean "steps"?'),
-        ("checkpoint.resum", 'unknown key "checkpoint.resum"; legal keys are every, keep.'),
+        ("checkpoint.resum", 'unknown key "checkpoint.resum"; legal keys are background, every, keep.'),
         ("model.vocabulary", 'unknown key "model.vocabulary"; legal keys are '),
     ],
 )

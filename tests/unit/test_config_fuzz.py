@@ -216,7 +216,7 @@ NAMED: list[tuple[type[BaseModel], dict[str, Any], str]] = [
         RunConfig,
         {"run": {"run": {}}},
         'unknown key "run"; legal keys are batch, checkpoint, data, evaluation, model, name, optimizer, out, '
-        "precision, resume, schedule, seed, trace, trace_steps.",
+        "precision, resume, schedule, seed, timeout_s, trace, trace_steps, watchdog_s.",
     ),
     (RunConfig, {"se\ned": 1}, 'unknown key "se\\ned"; did you mean "seed"?'),
     (RunConfig, {"trace": nested(200)}, '"trace" = [[[[...]]]] is not legal: it must be a valid boolean.'),

@@ -67,7 +67,7 @@ def fake_deepspeed() -> Any:
         return "original"
 
     names = ["_is_supported_optimizer", "_configure_basic_optimizer", "_do_optimizer_sanity_check"]
-    names.append("_configure_zero_optimizer")
+    names += ["_configure_zero_optimizer", "save_checkpoint", "load_checkpoint"]
     engine.__dict__["DeepSpeedEngine"] = type("DeepSpeedEngine", (), dict.fromkeys(names, method))
     config.__dict__["DeepSpeedConfig"] = type("DeepSpeedConfig", (), {"_initialize_params": method})
     return SimpleNamespace(runtime=SimpleNamespace(engine=engine, config=config))
@@ -80,7 +80,7 @@ def test_methods_are_wrapped_once() -> None:
     config = deepspeed.runtime.config.DeepSpeedConfig
     methods = {**vars(engine), **vars(config)}
     wrapped = {name: method for name, method in methods.items() if hasattr(method, "__wrapped__")}
-    assert len(wrapped) == 5
+    assert len(wrapped) == 7
     register(deepspeed)
     assert {name: {**vars(engine), **vars(config)}[name] for name in wrapped} == wrapped
 
@@ -92,6 +92,9 @@ def test_other_optimizers_reach_the_original() -> None:
     engine.optimizer_name = lambda: "adamw"
     assert engine._configure_basic_optimizer([]) == "original"
     assert engine._configure_zero_optimizer(object()) == "original"
+    engine.optimizer = object()
+    assert engine.save_checkpoint("folder") == "original"
+    assert engine.load_checkpoint("folder") == "original"
     assert engine._do_optimizer_sanity_check(object()) == "original"
     assert engine._is_supported_optimizer("adamw") == "original"
     assert engine._is_supported_optimizer("distMUON") is True
