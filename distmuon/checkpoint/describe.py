@@ -24,7 +24,7 @@ def describe(contents: Contents) -> Iterator[str]:
     manifest, state = contents.manifest, contents.state
     size = sum(file.bytes for file in manifest.files.values())
     yield f"{contents.path} is whole: {len(manifest.files)} files, {size:,} bytes"
-    yield f"step {contents.step}, saved by {contents.world_size} ranks, schema {manifest.schema_number}"
+    yield f"step {contents.step}, ranks that saved it: {contents.world_size}, schema {manifest.schema_number}"
     yield ""
     yield f"{'section':14} {'tensors':>8} {'elements':>16} {'bytes':>16}"
     sections: dict[str, list[tuple[int, int]]] = {}
@@ -37,15 +37,16 @@ def describe(contents: Contents) -> Iterator[str]:
         names = [name for name, parameter in state.parameters.items() if parameter.group == number]
         updates = max((state.parameters[name].updates for name in names), default=0)
         yield ""
-        yield f"param group {number}: {len(names)} parameters after {updates} updates"
+        yield f"param group {number}: parameters: {len(names)}, updates: {updates}"
         yield "  " + ", ".join(f"{key} = {value}" for key, value in sorted(settings.items()))
     if state.extra:
         yield ""
         yield "extra: " + ", ".join(f"{key} = {_short(value)}" for key, value in sorted(state.extra.items()))
     yield ""
-    for key, (dtype, shape) in sorted(contents.tensors.items()):
-        if key.startswith(("weight/", "buffer/")):
-            yield f"{key.partition('/')[2]:50} {dtype:9} {list(shape)}"
+    shown = {key: value for key, value in contents.tensors.items() if key.startswith(("weight/", "buffer/"))}
+    width = max((len(key.partition("/")[2]) for key in shown), default=0)
+    for key, (dtype, shape) in sorted(shown.items()):
+        yield f"{key.partition('/')[2]:{width}} {dtype:9} {list(shape)}"
 
 
 def _short(value: object) -> str:

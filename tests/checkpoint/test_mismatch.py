@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -203,3 +204,35 @@ def test_the_checkpoint_survives_being_refused(saved: Path, tmp_path: Path) -> N
     copy = Path(shutil.copytree(saved, tmp_path / "copy"))
     run_threads(2, attempt, without("norm"), Way(2), copy, {})
     assert checkpoint.verify(copy).step == 2
+
+
+def diverge(rank: int, world: int, folder: Path, name: str) -> str:
+    """Ranks whose models are not equal: what is saved of them is one rank's."""
+    spec = replace(SPEC, frozen=("norm",))
+    model, opt = build(spec, Way(world))
+    tensor = dict([*model.named_parameters(), *model.named_buffers()])[name]
+    tensor.data.view(-1)[0] = rank
+    try:
+        checkpoint.save(folder, model, opt, step=1)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_frozen_weight_that_differs_by_rank_is_refused(tmp_path: Path) -> None:
+    messages = run_threads(3, diverge, tmp_path, "w.norm")
+    assert len(set(messages)) == 1
+    assert "w.norm" in messages[0]
+    assert not list(tmp_path.glob("step_*"))
+
+
+def test_a_buffer_that_differs_by_rank_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Running statistics are nobody's fault; that one rank's are kept has to be said."""
+    with caplog.at_level(logging.WARNING, "distmuon"):
+        assert run_threads(3, diverge, tmp_path, "running") == [""] * 3
+    assert any("running" in record.getMessage() for record in caplog.records)
+    assert not any("counts" in record.getMessage() for record in caplog.records)
+    model, opt = build(SPEC, Way(alone=True), seed=8)
+    checkpoint.load(tmp_path, model)
+    assert model.running[0, 0] == 0
+    del opt

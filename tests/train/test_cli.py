@@ -44,7 +44,7 @@ def test_help(flag: str, capsys: Captured) -> None:
     shown = capsys.readouterr()
     assert shown.err == ""
     assert shown.out.startswith("usage: distmuon COMMAND")
-    assert all(f"\n  {command} " in shown.out for command in ("train", "report", "bench", "doctor"))
+    assert all(f"\n  {command} " in shown.out for command in ("train", "report", "verify", "export", "bench", "doctor"))
 
 
 def test_nothing_given(capsys: Captured) -> None:
@@ -55,7 +55,7 @@ def test_nothing_given(capsys: Captured) -> None:
 def test_unknown_command(capsys: Captured) -> None:
     assert main(["trian", DEBUG]) == 2
     shown = capsys.readouterr()
-    assert shown.err == 'distmuon: unknown command "trian"; use one of train, plan, report, bench, doctor.\n'
+    assert shown.err == 'distmuon: unknown command "trian"; use one of train, plan, report, verify, export, bench, doctor.\n'
     assert shown.out == ""
 
 
