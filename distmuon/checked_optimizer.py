@@ -27,6 +27,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
     Attributes:
         settings: what the optimizer was constructed with.
         skipped_steps: steps so far that a gradient that is not finite had skipped.
+        _skipped_in_a_row: the last of them that had no finite one between.
     """
 
     settings: MuonSettings
@@ -61,8 +62,9 @@ class CheckedOptimizer(torch.optim.Optimizer):
             find_names: parameters whose gradients are not finite; called for that error only.
         """
         self.skipped_steps += 1
-        if getattr(self, "found_inf", None) is not None:
-            # What overflows under a GradScaler makes it lower the scale.
+        scale = getattr(self, "grad_scale", None)
+        if getattr(self, "found_inf", None) is not None and (scale is None or float(scale) > 1.0):
+            # What overflows under a GradScaler makes it lower the scale; below 1 that is no cure any more.
             log.warning("gradients are not finite: this step is skipped (%d so far)", self.skipped_steps)
             return None
         self._skipped_in_a_row += 1

@@ -94,6 +94,8 @@ class Group:
         self.rank: int = dist.get_rank(process_group) if _initialized() else 0
         self.ranks: tuple[int, ...] = (0,)
         self.device = torch.device("cpu")
+        # The same ranks on a backend for tensors of the host, once that was asked for.
+        self.host: Group | None = None
         self._exchanges = 0
         self._timeout = group_timeout(process_group) if self.size > 1 else None
         if _initialized():

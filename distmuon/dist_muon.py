@@ -114,26 +114,30 @@ class DistMuon(ReducingOptimizer):
     @property
     def plans(self) -> Sequence[Plan]:
         """What lies where: one plan for each process group, dtype and device, and more for groups added later."""
-        self._place_added(guard.check_agreement)
+        self._need_placed()
         return tuple(self._plans)
 
     @property
     def reductions(self) -> Sequence[BucketReduction]:
         """This rank's buckets, in the order of their launch."""
-        self._place_added(guard.check_agreement)
+        self._need_placed()
         return tuple(self._reducer.reductions)
 
     def check_agreement(self) -> None:
-        """Make sure that all ranks have the same parameters, values and settings, as at construction; all must call it.
+        """Place groups added since, and make sure that all ranks have the same parameters, values and settings.
+
+        Every rank must call it.
 
         Raises:
             RankMismatchError: they disagree; raised on every rank.
         """
-        self._place_added(guard.check_agreement)
+        self._meet()
         domains.agree(self._bound, self.param_groups, self._main, self._experts, self.settings)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters as the constructor takes them; every rank must add the same ones, or the next step raises.
+
+        They are placed when all ranks meet next: in ``step``, ``load_state_dict``, ``check_agreement`` and the like.
 
         Args:
             param_group: a param group as the constructor takes it.
@@ -219,7 +223,7 @@ class DistMuon(ReducingOptimizer):
 
         Gradients, hooks and ``overlap_forward`` are not copied.
         """
-        self._place_added(guard.check_agreement)
+        self._need_placed()
         self.finish_gathers()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -227,7 +231,7 @@ class DistMuon(ReducingOptimizer):
         twin._connect(self._main.process_group, experts)
         twin.settings, twin._rates = self.settings, copy.deepcopy(self._rates, memo)
         twin.skipped_steps, twin._skipped_in_a_row = self.skipped_steps, self._skipped_in_a_row
-        twin.grad_norm = self.grad_norm
+        twin.grad_norm, twin.clock.step = self.grad_norm, self.clock.step
         twin._adamw = choose_adamw(self.settings.adamw_backend, self._bound[0].tensor.device)
         groups = copy.deepcopy(self.param_groups, memo)
         twin.__setstate__({"defaults": copy.deepcopy(self.defaults, memo), "state": {}, "param_groups": groups})
@@ -243,7 +247,7 @@ class DistMuon(ReducingOptimizer):
         raise TypeError("DistMuon is tied to its ranks and cannot be pickled; save its state_dict() instead.")
 
     def _restore(self, state_dict: Any) -> None:
-        self._place_added(guard.check_agreement)
+        self._meet()
         self.finish_gathers()
         with guard.shared_failure(self._main):
             loaded = check_saved(state_dict, self.param_groups)

@@ -81,12 +81,13 @@ def agree(
     Raises:
         RankMismatchError: the ranks disagree; raised on every rank.
     """
+    # The main group first and always: it is where a rank that failed in its own checks says so.
+    check_agreement(main, [("expert groups called", repr(sorted(experts)))])
     if experts:
         _agree_on_members(main, experts)
     by_group: dict[str, list[BoundParam]] = {}
     for param in params:
         by_group.setdefault(groups[param.group].get("expert_group", ""), []).append(param)
-    # The main group first and always: it is where a rank that failed in its own checks says so.
     with shared_failure(main):
         described = describe(by_group.pop("", []), groups, main, settings)
     check_agreement(main, described)

@@ -17,6 +17,7 @@ from distmuon.checked_optimizer import CheckedOptimizer
 from distmuon.clock import PhaseClock
 from distmuon.comm import Group, Traffic
 from distmuon.config import ShardSettings
+from distmuon.errors import ParameterError, SynchronizationError
 from distmuon.forward_overlap import ForwardOverlap
 from distmuon.groups import check_group
 from distmuon.plan import Plan
@@ -116,6 +117,10 @@ class ReducingOptimizer(CheckedOptimizer):
         """Phases 1 and 2: reduced gradients, their global norm, one decision for all ranks."""
 
         def check() -> StepSettings:
+            if len(self.param_groups) < self._placed:
+                raise ParameterError(
+                    f"{self._placed - len(self.param_groups)} param groups were removed; set their lr to 0 instead."
+                )
             check_unchanged(self._bound, self._frozen)
             found_inf = getattr(self, "found_inf", None)
             if found_inf is None:
@@ -137,6 +142,20 @@ class ReducingOptimizer(CheckedOptimizer):
         """Drop whatever was reduced of the gradients, and leave p.grad; every rank must call it."""
         self._reducer.reset()
         self._clip = None
+
+    def _meet(self) -> None:
+        """Place added groups where all ranks are, whether they added any or not."""
+        if not self._place_added(guard.check_agreement):
+            guard.check_agreement(self._main, [count_of_groups(self.param_groups)])
+
+    def _need_placed(self) -> None:
+        """Refuse to show what only all ranks together can make; one rank alone makes it."""
+        if self._main.size == 1:
+            self._meet()
+        if self._placed != len(self.param_groups):
+            raise SynchronizationError(
+                "param groups were added and are not placed yet; call optimizer.check_agreement() on every rank first."
+            )
 
     def _place(self, trained: list[BoundParam], frozen: list[BoundParam]) -> None:
         """Agree with the other ranks on parameters, plan them, and start to watch for their gradients."""
@@ -161,7 +180,9 @@ class ReducingOptimizer(CheckedOptimizer):
             return False
         try:
             agree(self._main, [count_of_groups(self.param_groups)])
-            self._place(*bind(self.param_groups[self._placed :], self._placed, self._bound))
+            with guard.shared_failure(self._main):
+                added = bind(self.param_groups[self._placed :], self._placed, self._bound)
+            self._place(*added)
         except ValueError:
             del self.param_groups[self._placed :]
             raise

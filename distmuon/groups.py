@@ -27,8 +27,8 @@ _KNOWN = frozenset({*GroupSettings.model_fields, *STRUCTURE, *_KEPT})
 _OF_THE_OPTIMIZER = frozenset(ShardSettings.model_fields) - _KNOWN
 # Options of torch's optimizers; one that is off says what is done here anyway.
 _NOT_SUPPORTED = {"amsgrad", "capturable", "dampening", "differentiable", "foreach", "fused", "maximize"}
-# Finds one wrong letter in "eps", and lets a scheduler's or a user's own "lr_scale", "max_lr", "no_decay" pass.
-_TYPO = 0.65
+# Finds one wrong letter in names of four and more, and lets "id", "bias", "max_lr" and the like of others pass.
+_TYPO = 0.85
 
 Params = Iterable[Any]
 
@@ -96,6 +96,7 @@ def complete_group(
     rate = (rates or {}).get(kind)
     copied = {} if rate is None else {"lr": rate.detach().clone()}
     full = {**settings.group_defaults(kind), **copied, **group}
+    check_keys(full)
     check_group(full)
     group.update(full)
 
@@ -113,10 +114,33 @@ def check_group(group: Mapping[str, Any]) -> GroupSettings:
         ConfigError: a setting is missing or out of range, or a key is unknown and looks like one that is not.
     """
     _kind(group)
-    for key in sorted(group.keys() - _KNOWN, key=str):
-        _check_unknown(str(key), group[key])
     given = {key: plain(group[key]) for key in GroupSettings.model_fields if key in group}
     return parse(GroupSettings, given, "param group")
+
+
+def check_keys(group: Mapping[str, Any]) -> None:
+    """Let others keep what they like in a group, but nothing that its user takes for a setting.
+
+    Args:
+        group: a param group.
+
+    Raises:
+        ConfigError: a key is a setting of the whole optimizer, not supported, or a setting misspelt.
+    """
+    for key in sorted(map(str, group.keys() - _KNOWN)):
+        shown = printable(key)
+        if key in _OF_THE_OPTIMIZER:
+            own = key.removeprefix("adamw_")
+            name = f'call it "{own}" there' if own in GroupSettings.model_fields else "pass it to the optimizer"
+            raise ConfigError(f'param group: "{shown}" is not a setting of param groups; {name}.')
+        value = group.get(key)
+        if key in _NOT_SUPPORTED:
+            if isinstance(value, Tensor) or value:
+                raise ConfigError(f'param group: "{shown}" is not supported; leave it out.')
+            continue
+        near = difflib.get_close_matches(key.casefold(), GroupSettings.model_fields, n=1, cutoff=_TYPO)
+        if near:
+            raise ConfigError(f'param group: unknown key "{shown}"; did you mean "{near[0]}"?')
 
 
 def check_saved(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -142,6 +166,7 @@ def check_saved(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> list[di
         missing = sorted(GroupSettings.model_fields.keys() - saved.keys())
         if missing:
             raise StateError(f"the state dict's param groups lack {missing}; it is not complete.")
+        check_keys(saved)
         check_group(saved)
         members = saved.get("params")
         given = (saved["kind"], len(members) if isinstance(members, Sequence) else 0)
@@ -222,22 +247,6 @@ def _kind(group: Mapping[str, Any]) -> Kind:
     if not isinstance(kind, str) or kind not in ("muon", "adamw"):
         raise ConfigError(f'param group "kind" = {kind!r} is not legal: use "muon" or "adamw".')
     return kind  # type: ignore[return-value]
-
-
-def _check_unknown(key: str, value: Any) -> None:
-    """Let others keep what they like in a group, but nothing that its user takes for a setting."""
-    shown = printable(key)
-    if key in _OF_THE_OPTIMIZER:
-        own = key.removeprefix("adamw_")
-        name = f'call it "{own}" there' if own in GroupSettings.model_fields else "pass it to the optimizer"
-        raise ConfigError(f'param group: "{shown}" is not a setting of param groups; {name}.')
-    if key in _NOT_SUPPORTED:
-        if isinstance(value, Tensor) or value:
-            raise ConfigError(f'param group: "{shown}" is not supported; leave it out.')
-        return
-    near = difflib.get_close_matches(key.casefold(), sorted(_KNOWN), n=1, cutoff=_TYPO)
-    if near:
-        raise ConfigError(f'param group: unknown key "{shown}"; did you mean "{near[0]}"?')
 
 
 def _in_order(params: Any) -> list[Any]:

@@ -129,7 +129,13 @@ class Muon(CheckedOptimizer):
             [p.new_zeros(p.shape, dtype=torch.float32) if p.grad is None else p.grad.float() for p in group["params"]]
             for group in self.param_groups
         ]
-        verdict = judge(sum(float(grad.double().square().sum()) for group in grads for grad in group))
+        trained = [
+            grad
+            for group, of_group in zip(self.param_groups, grads, strict=True)
+            for parameter, grad in zip(group["params"], of_group, strict=True)
+            if parameter.requires_grad
+        ]
+        verdict = judge(sum(float(grad.double().square().sum()) for grad in trained))
         if not verdict.finite:
             error = self._count_skip(self._non_finite)
             if error is not None:

@@ -15,6 +15,8 @@ from distmuon.errors import ConfigError
 
 # Enough for a median that one slow step does not move.
 _REMEMBERED = 20
+# About eleven days; longer waits overflow what the C library counts in.
+_LONGEST = 1e6
 # Every header has this length, so that it can be written over.
 _HEADER_BYTES = 120
 
@@ -38,8 +40,8 @@ class Watchdog:
 
     def __init__(self, directory: Path, rank: int, least_seconds: float = 60.0, factor: float = 2.0) -> None:
         for name, value, least in (("least_seconds", least_seconds, 0), ("factor", factor, 1)):
-            if not least < value < float("inf"):
-                raise ConfigError(f"{name} = {value} is not legal: it must be above {least} and finite.")
+            if not least < value <= _LONGEST:
+                raise ConfigError(f"{name} = {value} is not legal: it must be above {least} and at most {_LONGEST:g}.")
         self.path = directory / f"stacks-rank{rank}.txt"
         self._least, self._factor = least_seconds, factor
         self._steps: deque[float] = deque(maxlen=_REMEMBERED)
@@ -91,12 +93,15 @@ class Watchdog:
     @property
     def limit(self) -> float:
         """Seconds without a step that count as too long now."""
-        return max(self._least, self._factor * statistics.median(self._steps)) if self._steps else self._least
+        slow = self._factor * statistics.median(self._steps) if self._steps else 0.0
+        return min(max(self._least, slow), _LONGEST)
 
     def _start(self, where: str) -> None:
         """Watch from now on; the header says what from, and stacks will follow it if they are written."""
         if self._descriptor is None:
             return
+        # Waits for stacks that are being written, which the header must not tear.
+        faulthandler.cancel_dump_traceback_later()
         limit = self.limit
         now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
         header = f"process {os.getpid()}: no step ended for {limit:.1f} s {where}, counted from {now} UTC"

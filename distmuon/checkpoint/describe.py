@@ -8,19 +8,25 @@ from collections.abc import Iterator
 import torch
 
 from distmuon.checkpoint.verify import Contents
+from distmuon.config import printable
 
 _LONGEST_VALUE = 60
+_LONGEST_LINE = 500
 
 
 def describe(contents: Contents) -> Iterator[str]:
-    """Describe a checkpoint for a person.
+    """Describe a checkpoint for a person; what somebody else wrote into it cannot move a terminal's cursor.
 
     Args:
         contents: what ``verify`` returned.
 
-    Yields:
+    Returns:
         Lines of text: the checkpoint, its kinds of tensors, its param groups, what else it keeps, every parameter.
     """
+    return (printable(line, _LONGEST_LINE) for line in _lines(contents))
+
+
+def _lines(contents: Contents) -> Iterator[str]:
     manifest, state = contents.manifest, contents.state
     size = sum(file.bytes for file in manifest.files.values())
     yield f"{contents.path} is whole: {len(manifest.files)} files, {size:,} bytes"

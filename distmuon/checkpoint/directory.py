@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import logging
 import os
 import re
@@ -18,6 +19,10 @@ log = logging.getLogger(__name__)
 
 LATEST = "LATEST"
 _UNFINISHED = ".tmp-"
+_REPLACED = ".tmp-replaced-by-"
+_PRUNED = ".tmp-pruned"
+# What saves that were killed may leave; other files in the directory are not ours to remove.
+_DEBRIS = re.compile(r"LATEST\.tmp-\d+|.+\.tmp-(replaced-by-)?[0-9a-f]{12}|.+\.tmp-pruned")
 # Longest name of a file in bytes, on the file systems of Linux.
 _LONGEST_NAME = 255
 
@@ -31,19 +36,20 @@ def check_name(name: str, step: int) -> None:
     """Make sure that a checkpoint may have a name.
 
     Args:
-        name: of its directory.
+        name: of its directory; that of one about to be replaced counts as its own.
         step: of the checkpoint.
 
     Raises:
         CheckpointError: it is no plain file name, or that of another step.
     """
+    name = name.partition(_REPLACED)[0]
     if not _is_name(name) or name == LATEST or _UNFINISHED in name:
         raise CheckpointError(f"a checkpoint cannot be called {name!r}; give it a plain directory name.")
     if re.fullmatch(r"step_\d{8,}", name) and name != step_name(step):
         raise CheckpointError(f"{name} cannot hold step {step}, whose name is {step_name(step)}.")
 
 
-def begin(directory: Path, name: str, run: str, step: int) -> Path:
+def begin(directory: Path, name: str, run: str, step: int, replace: bool) -> Path:
     """Make a fresh directory to write into, and remove what saves that were killed left.
 
     Args:
@@ -51,6 +57,7 @@ def begin(directory: Path, name: str, run: str, step: int) -> Path:
         name: that the checkpoint will have.
         run: random name of this save.
         step: of this save.
+        replace: whether a checkpoint of this name may be there.
 
     Returns:
         The fresh directory.
@@ -58,13 +65,9 @@ def begin(directory: Path, name: str, run: str, step: int) -> Path:
     Raises:
         CheckpointError: there is a checkpoint of this name that training went on from.
     """
-    _check_new(directory, name, step)
-    for debris in directory.glob(f"*{_UNFINISHED}*"):
-        log.warning("removing %s, which a save that did not end has left", debris)
-        if debris.is_dir() and not debris.is_symlink():
-            shutil.rmtree(debris)
-        else:
-            debris.unlink()
+    _clear(directory)
+    if not replace:
+        _check_new(directory, name, step)
     temporary = directory / f"{name}{_UNFINISHED}{run}"
     temporary.mkdir()
     return temporary
@@ -80,7 +83,7 @@ def alone(directory: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another save is writing there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    _make(directory)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,6 +95,9 @@ def alone(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            # Closing alone would leave the lock to processes that were forked in the meantime.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
@@ -132,9 +138,8 @@ def publish(temporary: Path, name: str) -> Path:
         The checkpoint.
     """
     final = temporary.parent / name
-    replaced = temporary.parent / f"{name}{_UNFINISHED}replaced-by-{temporary.name.rpartition('-')[2]}"
+    replaced = temporary.parent / f"{name}{_REPLACED}{temporary.name.rpartition('-')[2]}"
     if final.exists():
-        # Only one that was never pointed at gets this far; see begin.
         final.rename(replaced)
     temporary.rename(final)
     sync(final.parent)
@@ -165,17 +170,21 @@ def latest(directory: Path) -> Path | None:
         What LATEST names; if it names nothing that is there, the newest one; None if there is none.
     """
     pointer = directory / LATEST
-    newest = max(_readable(directory), default=(0, None), key=lambda found: found[0])[1]
     if pointer.is_symlink() or not pointer.is_file():
+        newest = _newest(directory)
         if newest is not None:
             log.warning("%s is missing; taking %s, the newest checkpoint", pointer, newest.name)
         return newest
     with pointer.open("rb") as stream:
         name = stream.read(_LONGEST_NAME + 1).decode(errors="replace").strip()
-    if _is_name(name) and (directory / name).is_dir():
-        return directory / name
+    if _is_name(name):
+        found = [directory / name, *directory.glob(f"{glob.escape(name)}{_REPLACED}*")]
+        for path in found:
+            # A save that was killed while it replaced this checkpoint has left it under another name.
+            if path.is_dir():
+                return path
     log.warning("%s names %.40r, which is not there; taking the newest checkpoint", pointer, name)
-    return newest
+    return _newest(directory)
 
 
 def prune(checkpoint: Path, step: int, keep: int) -> None:
@@ -186,10 +195,52 @@ def prune(checkpoint: Path, step: int, keep: int) -> None:
         step: of it; those of later steps are left alone.
         keep: how many whole ones to keep, this one among them.
     """
-    older = sorted((found for found in _readable(checkpoint.parent) if found[0] < step), key=lambda found: found[0])
-    for _, path in older[: max(0, len(older) - keep + 1)]:
-        # Under another name first, so that half of it is never taken for a checkpoint.
-        shutil.rmtree(path.rename(path.with_name(f"{path.name}{_UNFINISHED}pruned")))
+    directory = checkpoint.parent
+    older = sorted((found for found in _readable(directory) if found[0] < step), key=lambda found: found[0])
+    whole = [path for _, path in older if _has_its_files(path)]
+    kept = {*whole[max(0, len(whole) - keep + 1) :], latest(directory)}
+    for path in whole:
+        if path in kept:
+            continue
+        try:
+            # Under another name first, so that half of it is never taken for a checkpoint.
+            shutil.rmtree(path.rename(path.with_name(f"{path.name}{_PRUNED}")))
+        except OSError as error:
+            log.warning("%s cannot be removed: %s", path, error)
+
+
+def _make(directory: Path) -> None:
+    """Make a directory that is still there after a power failure, and those above it."""
+    if not directory.is_dir():
+        _make(directory.parent)
+        directory.mkdir(exist_ok=True)
+        sync(directory.parent)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what killed saves left, and give a checkpoint back its name that one was about to replace."""
+    for debris in sorted(directory.iterdir()):
+        if not _DEBRIS.fullmatch(debris.name):
+            continue
+        name, replaced, _ = debris.name.rpartition(_REPLACED)
+        if replaced and not (directory / name).exists():
+            debris.rename(directory / name)
+            continue
+        log.warning("removing %s, which a save that did not end has left", debris)
+        if debris.is_dir() and not debris.is_symlink():
+            shutil.rmtree(debris)
+        else:
+            debris.unlink()
+
+
+def _newest(directory: Path) -> Path | None:
+    return max(_readable(directory), default=(0, None), key=lambda found: found[0])[1]
+
+
+def _has_its_files(path: Path) -> bool:
+    """Whether every file of a checkpoint is there in its size."""
+    files = read_manifest(path).files
+    return all((path / name).is_file() and (path / name).stat().st_size == file.bytes for name, file in files.items())
 
 
 def _check_new(directory: Path, name: str, step: int) -> None:

@@ -81,7 +81,7 @@ def check_tensors(manifest: Manifest, tensors: Sequence[Wanted], unknown: Sequen
         stored = manifest.tensors.get(want.key)
         if stored is None:
             if strict:
-                raise StateError(f'the checkpoint lacks "{want.key}", which this model and optimizer have.')
+                raise StateError(f'the checkpoint lacks "{want.key}", which is here; "rename" maps names that differ.')
             continue
         if (stored.shape, stored.dtype) != (want.shape, want.dtype):
             raise StateError(

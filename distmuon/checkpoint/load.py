@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ def load(
     rename: Rename = None,
     strict: bool = True,
     rng: bool = True,
+    accept: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Restored:
     """Load model, optimizer and random state; every rank of the optimizer's group calls it.
 
@@ -59,6 +60,8 @@ def load(
         strict: whether model and checkpoint must have the same tensors.
         rng: whether to restore the random number generators, if there are as many ranks as there were.
 
+        accept: raises a DistMuonError if it does not like the ``extra`` of the checkpoint.
+
     Returns:
         Step, extra and path of the checkpoint.
 
@@ -66,21 +69,27 @@ def load(
         CheckpointError: the checkpoint is missing or not whole.
         StateError: it does not fit model or optimizer. Both are raised on every rank, and nothing is changed then.
     """
-    with host_group(ranks_of(optimizer)) as group:
-        same(group, "what to load", (step, name, check, strict, rng, optimizer is None))
-        settle(optimizer)
-        found = _open(Path(directory), step, name, check, group)
-        tensors = together(group, "name the model's tensors", lambda: model_tensors(model, rename))
-        groups = optimizer.param_groups if optimizer is not None else []
-        names = together(group, "name the optimizer's parameters", lambda: names_by_id(tensors, groups))
-        want = wanted(tensors, groups, names)
-        unknown = _nobody_wants(group, unknown_keys(found.manifest, want, optimizer is not None))
-        fitting = together(group, "fit the checkpoint", lambda: check_tensors(found.manifest, want, unknown, strict))
-        source = Source(found.path, found.manifest, found.state, tensors, names, {tensor.key for tensor in fitting})
-        rng_of = group.rank if rng and found.world_size == group.size else None
-        staged = together(group, "read its tensors", lambda: source.stage(optimizer, rng_of))
-        together(group, "restore the random state", lambda: generators.restore(staged.rng) if staged.rng else None)
+    group = host_group(ranks_of(optimizer))
+    same(group, "what to load", (step, name, check, strict, rng, optimizer is None))
+    settle(optimizer)
+    found = _open(Path(directory), step, name, check, group)
+    if accept is not None:
+        together(group, "accept what else was saved", lambda: accept(found.state.extra))
+    tensors = together(group, "name the model's tensors", lambda: model_tensors(model, rename))
+    groups = optimizer.param_groups if optimizer is not None else []
+    names = together(group, "name the optimizer's parameters", lambda: names_by_id(tensors, groups))
+    want = wanted(tensors, groups, names)
+    unknown = _nobody_wants(group, unknown_keys(found.manifest, want, optimizer is not None))
+    fitting = together(group, "fit the checkpoint", lambda: check_tensors(found.manifest, want, unknown, strict))
+    source = Source(found.path, found.manifest, found.state, tensors, names, {tensor.key for tensor in fitting})
+    rng_of = group.rank if rng and found.world_size == group.size else None
+    staged = together(group, "read its tensors", lambda: source.stage(optimizer, rng_of))
+    together(group, "restore the random state", lambda: generators.check(staged.rng) if staged.rng else None)
     _commit(staged, optimizer)
+    if isinstance(optimizer, DistMuon):
+        optimizer.clock.step = found.step
+    if staged.rng:
+        generators.restore(staged.rng)
     return Restored(found.step, dict(found.state.extra), found.path)
 
 

@@ -15,6 +15,7 @@ from distmuon.bucket import Bucket, elements, within
 from distmuon.checkpoint.holdings import Holding, offset_in
 from distmuon.checkpoint.rows import Rows, clip
 from distmuon.checkpoint.store import Part
+from distmuon.checkpoint.together import together
 from distmuon.comm import Group
 
 # The state tensors of each bucket, copied at the moment of the save.
@@ -55,24 +56,32 @@ def gather_rows(holdings: Sequence[Holding], copies: Copies, group: Group) -> di
     Returns:
         The parts of this rank by the names they are stored under.
     """
-    own = [
-        Rectangle(holding, section, torch.empty(_size(holding, holding.rows[holding.rank]), dtype=torch.float32))
-        for holding in holdings
-        for section in holding.sections
-        if holding.rows[holding.rank].stop > holding.rows[holding.rank].first and holding.param.tensor.numel()
-    ]
-    outgoing = [_outgoing(holdings, copies, rank) for rank in group.ranks]
-    arrived = [torch.cat(parts) if parts else torch.empty(0) for parts in outgoing]
-    counts = [sum(place.numel() for place in _incoming(own, rank)) for rank in group.ranks]
+    own, outgoing, counts = together(group, "make room for its rows", lambda: _prepare(holdings, copies, group))
+    sent = [part.numel() for part in outgoing]
+    arrived = outgoing
     if group.size > 1:
-        sent = [part.numel() for part in arrived]
-        arrived = list(torch.split(group.all_to_all(torch.cat(arrived), sent, counts).wait(), counts))
+        arrived = list(torch.split(group.all_to_all(torch.cat(outgoing), sent, counts).wait(), counts))
     for rank, values in zip(group.ranks, arrived, strict=True):
         end = 0
         for place in _incoming(own, rank):
             place.copy_(values[end : end + place.numel()].view(place.shape))
             end += place.numel()
     return {f"{section}/{holding.name}": _part(holding, values) for holding, section, values in own}
+
+
+def _prepare(
+    holdings: Sequence[Holding], copies: Copies, group: Group
+) -> tuple[list[Rectangle], list[Tensor], list[int]]:
+    """Room for the rows that this rank writes, what it sends to each rank, and how much it gets from each."""
+    own = [
+        Rectangle(holding, section, torch.empty(_size(holding, holding.rows[holding.rank]), dtype=torch.float32))
+        for holding in holdings
+        for section in holding.sections
+        if holding.rows[holding.rank].stop > holding.rows[holding.rank].first and holding.param.tensor.numel()
+    ]
+    parts = [_outgoing(holdings, copies, rank) for rank in group.ranks]
+    outgoing = [torch.cat(of_rank) if of_rank else torch.empty(0) for of_rank in parts]
+    return own, outgoing, [sum(place.numel() for place in _incoming(own, rank)) for rank in group.ranks]
 
 
 def _outgoing(holdings: Sequence[Holding], copies: Copies, rank: int) -> list[Tensor]:

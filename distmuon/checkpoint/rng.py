@@ -33,24 +33,30 @@ def capture() -> dict[str, Tensor]:
     return state
 
 
-def restore(state: Mapping[str, Tensor]) -> None:
-    """Set the generators.
+def check(state: Mapping[str, Tensor]) -> None:
+    """Make sure that the generators take a state, and leave them as they are.
 
     Args:
         state: what ``capture`` returned.
 
     Raises:
-        StateError: a generator does not take it; none is changed then.
+        StateError: one does not.
     """
     before = capture()
     try:
-        _set(state)
+        restore(state)
     except (RuntimeError, KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
-        _set(before)
         raise StateError(f"the random state of the checkpoint is not legal: {error}.") from None
+    finally:
+        restore(before)
 
 
-def _set(state: Mapping[str, Tensor]) -> None:
+def restore(state: Mapping[str, Tensor]) -> None:
+    """Set the generators.
+
+    Args:
+        state: what ``capture`` returned.
+    """
     numbers, gauss = _split_gauss(state["python"])
     random.setstate((3, tuple(numbers), gauss))
     (*keys, position), cached = _split_gauss(state["numpy"])

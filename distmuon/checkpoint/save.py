@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from distmuon.checkpoint.names import Rename
 from distmuon.checkpoint.snapshot import Optimizer, Snapshot, take
 from distmuon.checkpoint.together import host_group, new_group, ranks_of, same, settle, together
 from distmuon.checkpoint.write import Target, make_target, write
+
+log = logging.getLogger(__name__)
 
 
 def save(
@@ -28,6 +31,7 @@ def save(
     rng: bool = True,
     point: bool = True,
     frozen: bool = True,
+    replace: bool = False,
 ) -> Path:
     """Save model, optimizer and random state; every rank of the optimizer's group calls it.
 
@@ -45,6 +49,7 @@ def save(
         rng: whether to keep the random number generators of torch, CUDA, Python and NumPy.
         point: whether ``load`` takes this checkpoint by default.
         frozen: whether to keep parameters that do not require a gradient.
+        replace: whether a checkpoint of this name may be there, which is given up when the new one is whole.
 
     Returns:
         The checkpoint's directory.
@@ -52,12 +57,13 @@ def save(
     Raises:
         CheckpointError: a rank could not write; raised on every rank, and the checkpoint before stays the latest.
     """
-    with host_group(ranks_of(optimizer)) as group:
-        target = together(group, "save", lambda: make_target(directory, step, extra, name, keep, point))
-        same(group, "what to save", (target.name, target.step, target.keep, target.point, rng, frozen))
-        settle(optimizer)
-        snapshot = together(group, "copy its state", lambda: take(model, optimizer, group, rename, rng, frozen))
-        return write(target, snapshot, group)
+    group = host_group(ranks_of(optimizer))
+    target = together(group, "save", lambda: make_target(directory, step, extra, name, keep, point))
+    target = target._replace(replace=replace)
+    same(group, "what to save", (*target[1:3], *target[4:], rng, frozen))
+    settle(optimizer)
+    snapshot = together(group, "copy its state", lambda: take(model, optimizer, group, rename, rng, frozen))
+    return write(target, snapshot, group)
 
 
 class Saver:
@@ -137,4 +143,6 @@ class Saver:
         try:
             write(target, snapshot, self._group)
         except BaseException as error:
+            # Also logged, since nobody may come to ask.
+            log.error("a checkpoint could not be saved: %s", error)
             self._error = error

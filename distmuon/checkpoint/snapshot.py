@@ -49,7 +49,7 @@ class Snapshot:
         """Exchange what other ranks write; every rank calls it.
 
         Args:
-            group: all ranks, for tensors of the host.
+            group: all ranks, for tensors of the host. The copies that are not needed any more are given up.
 
         Returns:
             All parts that this rank writes, by the names they are stored under.
@@ -64,6 +64,7 @@ class Snapshot:
             if key not in before
         }
         found = {**parts, **self.parts, **gather_rows(self.holdings, self.copies, group)}
+        self.shared, self.copies = {}, {}
         return {key: part for key, part in found.items() if part.values.numel()}
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from distmuon.checkpoint.manifest import SUFFIX, Chunk, Manifest, StoredTensor
+from distmuon.comm import Group
 from distmuon.errors import CheckpointError
 
 
@@ -52,25 +52,27 @@ class Request(NamedTuple):
     into: Tensor
 
 
-def write_tensors(
-    directory: Path, parts: Mapping[str, Part], process_group: dist.ProcessGroup | None, rank: int
-) -> dict[str, StoredTensor]:
+def write_tensors(directory: Path, parts: Mapping[str, Part], group: Group) -> dict[str, StoredTensor]:
     """Write this rank's parts to one file, or to none if there are none; every rank of the group calls it.
 
     Args:
         directory: exists.
         parts: on the CPU, by the names they are stored under.
-        process_group: the ranks that write into the directory; None if there is one rank.
-        rank: this rank within the group.
+        group: the ranks that write into the directory.
 
     Returns:
         The parts as the manifest describes them.
     """
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-    alone = process_group is None
     with _quiet():
-        save(dict(parts), storage_writer=writer, planner=_PartsPlanner(), process_group=process_group, no_dist=alone)
-    file = "".join(path.name for path in own_files(directory, rank))
+        save(
+            dict(parts),
+            storage_writer=writer,
+            planner=_PartsPlanner(),
+            process_group=group.process_group,
+            no_dist=group.size == 1,
+        )
+    file = "".join(path.name for path in own_files(directory, group.rank))
     return {
         key: StoredTensor(
             shape=part.shape,

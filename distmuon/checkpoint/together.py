@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from distmuon.comm import Group, Traffic
 from distmuon.dist_muon import DistMuon
 from distmuon.errors import CheckpointError, CollectiveError, DistMuonError
 from distmuon.failures import group_timeout
+from distmuon.muon import Muon
 
 Result = TypeVar("Result")
 
@@ -81,24 +81,21 @@ def settle(optimizer: torch.optim.Optimizer | None) -> None:
         optimizer.check_agreement()
 
 
-@contextlib.contextmanager
-def host_group(main: Group) -> Iterator[Group]:
+def host_group(main: Group) -> Group:
     """A group for tensors of the host with the ranks of another.
 
     Args:
         main: the optimizer's ranks.
 
-    Yields:
-        The same group where it takes such tensors, otherwise a gloo group for the length of the block.
+    Returns:
+        A group of the same ranks: on NCCL one of its own, made once and kept, since torch cannot make a group of the
+        same ranks anew where one was destroyed.
     """
     if main.size == 1 or dist.get_backend(main.process_group) != "nccl":
-        yield Group(main.process_group, Traffic())
-        return
-    own = new_group(main)
-    try:
-        yield own
-    finally:
-        dist.destroy_process_group(own.process_group)
+        return Group(main.process_group, Traffic())
+    if main.host is None:
+        main.host = new_group(main)
+    return main.host
 
 
 def new_group(main: Group) -> Group:
@@ -111,15 +108,16 @@ def new_group(main: Group) -> Group:
         The group; it takes tensors of the host.
     """
     if main.size == 1:
-        return main
+        return Group(main.process_group, Traffic())
     backend = dist.get_backend(main.process_group)
-    ranks = list(main.ranks)
-    made = dist.new_group(
-        ranks,
-        backend="gloo" if backend == "nccl" else backend,
-        use_local_synchronization=True,
-        timeout=group_timeout(main.process_group),
-    )
+    settings: dict[str, Any] = {
+        "backend": "gloo" if backend == "nccl" else backend,
+        "timeout": group_timeout(main.process_group),
+    }
+    if main.size == dist.get_world_size():
+        made = dist.new_group(**settings)
+    else:
+        made = dist.new_group(list(main.ranks), **settings, use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return Group(made, Traffic())
 
@@ -132,7 +130,14 @@ def ranks_of(optimizer: torch.optim.Optimizer | None) -> Group:
 
     Returns:
         The group.
+
+    Raises:
+        CheckpointError: it is an optimizer that is not known here.
     """
+    if optimizer is not None and not isinstance(optimizer, DistMuon | Muon):
+        raise CheckpointError(
+            f"a {type(optimizer).__name__} cannot be saved here; give DistMuon, Muon, or None for the model alone."
+        )
     return optimizer.group if isinstance(optimizer, DistMuon) else Group(None, Traffic())
 
 

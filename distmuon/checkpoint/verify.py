@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distmuon.checkpoint.directory import check_name, latest, step_name
+from distmuon.checkpoint.directory import check_name, latest, step_name, sync
 from distmuon.checkpoint.manifest import (
     MANIFEST,
     STATE,
@@ -25,6 +26,8 @@ from distmuon.checkpoint.store import Request, read_tensors
 from distmuon.errors import CheckpointError
 
 Check = Literal["full", "size"]
+
+_REMEDY = "load an older checkpoint with step=N, or remove this one"
 
 _DTYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8"},
@@ -91,6 +94,8 @@ def resolve(path: Path, step: int | None = None, name: str | None = None) -> Pat
     Raises:
         CheckpointError: there is none.
     """
+    if step is not None and name is not None:
+        raise CheckpointError(f"step = {step} and name = {name!r} are both given; give one of them.")
     if step is not None or name is not None:
         found: Path | None = path / (step_name(step) if name is None and step is not None else str(name))
     else:
@@ -123,9 +128,11 @@ def check_files(path: Path, manifest: Manifest, check: Check, share: tuple[int, 
     for name, stored in sorted(manifest.files.items())[rank::ranks]:
         found = describe_file(path / name, whole=False)
         if found.bytes != stored.bytes:
-            raise CheckpointError(f"{path / name} has {found.bytes} bytes and should have {stored.bytes}.")
+            raise CheckpointError(
+                f"{path / name} has {found.bytes} bytes and should have {stored.bytes}; load an older checkpoint."
+            )
         if check == "full" and describe_file(path / name) != stored:
-            raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not that of the manifest.")
+            raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the manifest's; {_REMEDY}.")
         if name != STATE:
             _check_header(path / name, manifest)
 
@@ -174,10 +181,12 @@ def export(path: Path | str, out: Path | str) -> Path:
             tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
             requests.append(Request(key, (0,) * len(shape), tensors[name]))
     read_tensors(contents.path, contents.manifest, requests)
-    temporary = out.with_name(f"{out.name}.tmp")
+    temporary = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:12]}")
     try:
         save_file(tensors, str(temporary), metadata={"format": "pt", "step": str(contents.step)})
+        sync(temporary)
         temporary.replace(out)
+        sync(out.parent)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{out} cannot be written: {error}.") from None

@@ -40,6 +40,7 @@ class Target(NamedTuple):
     extra: Mapping[str, Any]
     keep: int | None = None
     point: bool = True
+    replace: bool = False
 
 
 class Written(NamedTuple):
@@ -71,9 +72,9 @@ def make_target(
     try:
         plain = json.loads(json.dumps(dict(extra or {}), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f'"extra" (under DeepSpeed client_state) must consist of JSON values: {error}.') from None
+        raise CheckpointError(f'"extra" (client_state) must be JSON, with null for infinity: {error}.') from None
     if plain != _as_lists(extra or {}):
-        raise CheckpointError('"extra" (client_state) must consist of JSON values with text as keys; others change.')
+        raise CheckpointError('"extra" (client_state) must be JSON with text as keys; this would come back changed.')
     name = directories.step_name(step) if name is None else name
     directories.check_name(name, step)
     return Target(Path(directory), name, step, plain, keep, point)
@@ -120,11 +121,11 @@ def _write_alone(target: Target, snapshot: Snapshot, group: Group) -> Path:
         together(group, what, lambda: action() if first else None)
 
     try:
-        on_first(f"begin {final}", lambda: directories.begin(target.directory, target.name, run, target.step))
-        parts = together(group, "gather its rows", lambda: snapshot.complete(group))
-        tensors = together(
-            group, "write its tensors", lambda: write_tensors(temporary, parts, group.process_group, group.rank)
+        on_first(
+            f"begin {final}", lambda: directories.begin(target.directory, target.name, run, target.step, target.replace)
         )
+        parts = snapshot.complete(group)
+        tensors = together(group, "write its tensors", lambda: write_tensors(temporary, parts, group))
         written = together(group, "hash its files", lambda: _hash(temporary, tensors, snapshot, group.rank))
         everything = [json.loads(text) for text in group.all_gather_text(_to_json(written))]
         on_first("write the manifest", lambda: _describe(target, temporary, snapshot, run, everything))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +13,16 @@ from torch import Tensor, nn
 
 from distmuon import checkpoint
 from distmuon.checkpoint.directory import latest
-from distmuon.errors import CheckpointError
+from distmuon.comm import Group
+from distmuon.errors import CheckpointError, StateError
 
 log = logging.getLogger(__name__)
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # How a mapping is written whose keys are not text, which JSON does not have.
 _PAIRS = "__pairs__"
+# How a number is written that is not finite: the best loss so far, before there is one.
+_NUMBER = "__number__"
 
 
 def save_checkpoint(
@@ -55,6 +59,7 @@ def save_checkpoint(
         rename=expert_names(engine.module),
         point=save_latest,
         frozen=not exclude_frozen_parameters,
+        replace=True,
     )
     return True
 
@@ -91,33 +96,48 @@ def load_checkpoint(
     """
     if custom_load_fn is not None:
         raise CheckpointError("custom_load_fn is not supported with DistMuon; load into the module yourself.")
-    where = Path(load_dir)
-    if tag is None and latest(where) is None:
-        if (where / "latest").exists():
-            raise CheckpointError(f"{where} has checkpoints that were not saved by DistMuon, which it does not open.")
-        log.warning("%s has no checkpoint; nothing is loaded", where)
+    if tag is None and not _has_any(Path(load_dir), engine.optimizer.group):
         return None, None
     with_state = load_optimizer_states and not load_module_only
+
+    def accept(extra: Mapping[str, Any]) -> None:
+        _check_extra(extra, engine.lr_scheduler if with_schedule else None)
+
+    with_schedule = load_lr_scheduler_states and not load_module_only
     restored = checkpoint.load(
-        where,
+        load_dir,
         engine.module,
         engine.optimizer if with_state else None,
         name=None if tag is None else str(tag),
         rename=expert_names(engine.module),
         strict=load_module_strict,
-        rng=not load_module_only,
+        rng=with_state,
+        accept=accept,
     )
-    own = restored.extra.get("deepspeed")
-    if not isinstance(own, dict):
-        raise CheckpointError(f"{restored.path} was not saved by a DeepSpeed engine; use distmuon.checkpoint.load.")
+    own = restored.extra["deepspeed"]
     if not with_state or not engine.zero_load_from_fp32_weights():
         engine.optimizer.refresh_fp32_params()
     if not load_module_only:
-        if load_lr_scheduler_states and engine.lr_scheduler is not None and own.get("lr_scheduler") is not None:
+        if with_schedule and engine.lr_scheduler is not None and own["lr_scheduler"] is not None:
             _load_schedule(engine.lr_scheduler, own["lr_scheduler"])
         for counter in _COUNTERS:
             setattr(engine, counter, own[counter])
     return str(restored.path), dict(restored.extra["client"])
+
+
+def _has_any(directory: Path, group: Group) -> bool:
+    """Whether a directory has checkpoints, which all ranks must see; DeepSpeed's own are refused."""
+    own = latest(directory) is not None
+    seen = group.all_gather_text(str(own))
+    if len(set(seen)) > 1:
+        blind = [rank for rank, answer in zip(group.ranks, seen, strict=True) if answer == "False"]
+        raise CheckpointError(f"ranks {blind} see no checkpoint in {directory}; use a directory that all nodes share.")
+    if own:
+        return True
+    if (directory / "latest").exists():
+        raise CheckpointError(f"{directory} has checkpoints that were not saved by DistMuon, which it does not open.")
+    log.warning("%s has no checkpoint; nothing is loaded", directory)
+    return False
 
 
 def engine_state(engine: Any, client_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,6 +196,21 @@ def expert_names(module: nn.Module) -> dict[str, str]:
     return found
 
 
+def _check_extra(extra: Mapping[str, Any], scheduler: Any) -> None:
+    """Make sure, before anything is loaded, that an engine saved the checkpoint and that the schedule fits."""
+    own = extra.get("deepspeed")
+    if not isinstance(own, Mapping) or not isinstance(extra.get("client"), Mapping) or not {*_COUNTERS} <= own.keys():
+        raise StateError("the checkpoint was not saved by a DeepSpeed engine; use distmuon.checkpoint.load.")
+    saved = own.get("lr_scheduler")
+    if scheduler is not None and saved is not None:
+        given, needed = sorted(_decode(saved)), sorted(scheduler.state_dict())
+        if given != needed:
+            raise StateError(
+                f"the checkpoint has the state {given} of a schedule and {type(scheduler).__name__} needs {needed}; "
+                "build the schedule that was saved, or load with load_lr_scheduler_states=False."
+            )
+
+
 def _load_schedule(scheduler: Any, saved: Any) -> None:
     """Load a schedule, in the types that it has: torch's milestones are a Counter."""
     state = _decode(saved)
@@ -188,7 +223,9 @@ def _load_schedule(scheduler: Any, saved: Any) -> None:
 def _encode(value: Any) -> Any:
     """JSON values for a schedule's state."""
     if isinstance(value, Tensor):
-        return value.item()
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_NUMBER: repr(value)}
     if isinstance(value, Mapping):
         if all(isinstance(key, str) for key in value):
             return {key: _encode(inner) for key, inner in value.items()}
@@ -198,6 +235,8 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: Any) -> Any:
     if isinstance(value, Mapping):
+        if value.keys() == {_NUMBER}:
+            return float(value[_NUMBER])
         if value.keys() == {_PAIRS}:
             return {key: _decode(inner) for key, inner in value[_PAIRS]}
         return {key: _decode(inner) for key, inner in value.items()}

@@ -111,7 +111,8 @@ class Trainer:
                     progress.note(f"stopped by SIGTERM after update {self.done}; go on with --resume auto")
                     return
             with watchdog.paused():
-                self.checkpoints.save(self.done, last=True)
+                if self.done > self.first:
+                    self.checkpoints.save(self.done, last=True)
                 score = self._evaluate()
             self._record_final(score)
             progress.note(f"final validation loss {score.loss:.4f} over {run.evaluation.sequences} sequences")

@@ -45,6 +45,13 @@ def train(run: RunConfig, local_rank: int = 0, world: int = 1) -> Path:
     if before.complete:
         log.info("%s is complete; nothing is left to do", run.directory)
         return run.directory
+    # From here on, so that a job stopped while it starts stops after its first update.
+    with StopRequest() as stop:
+        _train(run, before, local_rank, stop)
+    return run.directory
+
+
+def _train(run: RunConfig, before: Previous, local_rank: int, stop: StopRequest) -> None:
     data = prepare(run.data, progress=local_rank == 0)
     _check_data(run, data)
     engines.quiet_deepspeed()
@@ -59,7 +66,7 @@ def train(run: RunConfig, local_rank: int = 0, world: int = 1) -> Path:
         trainer = Trainer(run, data, engine, metrics)
         if before.started:
             trainer.resume()
-        with StopRequest() as stop, _matmul_precision(run.precision.matmul):
+        with _matmul_precision(run.precision.matmul):
             trainer.fit(stop)
         if dist.get_rank() == 0:
             write_report(run.directory)
@@ -73,7 +80,6 @@ def train(run: RunConfig, local_rank: int = 0, world: int = 1) -> Path:
     finally:
         if metrics:
             metrics.close()
-    return run.directory
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ Rename = Callable[[str], str]
 ODD: Shapes = {
     "embed": ((24, 6), "adamw"),
     "tall": ((40, 8), "muon"),
+    "wide": ((12, 64), "muon"),
     "norm": ((8,), "adamw"),
     "fused": ((12, 10), "muon"),
     "odd": ((5, 7), "muon"),
@@ -204,7 +205,8 @@ def _sharded(opt: Any, names: Mapping[int, str]) -> Whole:
     """States of DistMuon, from the pieces of all ranks; each element must lie on exactly one rank of its group."""
     own: list[tuple[str, tuple[int, ...], Tensor, Tensor]] = []
     updates: dict[str, set[int]] = {}
-    for reduction in getattr(opt, "reductions", None) or opt._reducer.reductions:
+    opt.check_agreement()
+    for reduction in opt.reductions:
         bucket, second = reduction.bucket, 0
         for index in bucket.plan.params:
             param = bucket.params[index]

@@ -193,7 +193,7 @@ def test_a_step_that_was_never_pointed_at_is_written_anew(tmp_path: Path) -> Non
 
 def test_debris_goes(tmp_path: Path) -> None:
     series(tmp_path, [1])
-    left = tmp_path / "step_00000002.tmp-0123abcd"
+    left = tmp_path / "step_00000002.tmp-0123456789ab"
     left.mkdir()
     (left / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"torn")
     (tmp_path / "LATEST.tmp-17").write_text("step_")
@@ -208,7 +208,7 @@ def test_debris_that_is_a_link_goes_and_not_what_it_points_to(tmp_path: Path) ->
     mine.mkdir()
     (mine / "file").write_text("mine")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "step_00000002.tmp-0").symlink_to(mine)
+    (tmp_path / "run" / "step_00000002.tmp-000000000000").symlink_to(mine)
     series(tmp_path / "run", [1])
     assert (mine / "file").read_text() == "mine"
     assert debris(tmp_path / "run") == []

@@ -235,6 +235,9 @@ def test_everything_is_on_disk_before_it_is_named(before: Any, world: int, figur
         for path in own:
             assert ("fsync done", path) in events, f"{path} is written and not synchronized"
             assert events.index(("fsync done", path)) > events.index(("open", path))
+            if path.startswith("step_"):
+                after = events[events.index(("open", path)) :]
+                assert ("fsync done", str(Path(path).parent)) in after, "its name in the directory is not"
     events = ranks[0]
     (published,) = [n for n, event in enumerate(events) if event == ("os.rename", step_directory(Path(), NEW).name)]
     (named,) = [n for n, event in enumerate(events) if event == ("os.rename", LATEST)]

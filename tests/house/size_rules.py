@@ -25,7 +25,19 @@ BANNED_MODULES = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 BANNED_KEYWORDS = {"shell": True, "weights_only": False}
 # Arithmetic and placement must run, and be tested, without a process group; import-linter sees only "torch".
 RANK_FREE = {
-    *("adamw", "batches", "binding", "blocks", "bricks", "bucket", "clock", "coefficients", "completion", "config", "errors"),
+    *(
+        "adamw",
+        "batches",
+        "binding",
+        "blocks",
+        "bricks",
+        "bucket",
+        "clock",
+        "coefficients",
+        "completion",
+        "config",
+        "errors",
+    ),
     *("groups", "link", "machine", "newton_schulz", "owners", "placement", "plan", "planner", "predict", "routing"),
     *("scaling", "simulate", "splits", "timeline", "update", "waves"),
 }

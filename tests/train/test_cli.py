@@ -55,7 +55,10 @@ def test_nothing_given(capsys: Captured) -> None:
 def test_unknown_command(capsys: Captured) -> None:
     assert main(["trian", DEBUG]) == 2
     shown = capsys.readouterr()
-    assert shown.err == 'distmuon: unknown command "trian"; use one of train, plan, report, verify, export, bench, doctor.\n'
+    assert (
+        shown.err
+        == 'distmuon: unknown command "trian"; use one of train, plan, report, verify, export, bench, doctor.\n'
+    )
     assert shown.out == ""
 
 

@@ -31,7 +31,7 @@ BAD: dict[str, list[Any]] = {
 }
 WRONG_KEYS: dict[str, str] = {
     **{"weigth_decay": "weight_decay", "weightdecay": "weight_decay", "LR": "lr", "nestrov": "nesterov"},
-    **{"beta": "betas", "esp": "eps", "moment": "momentum", "param_name": "param_names", "kinds": "kind"},
+    **{"beta": "betas", "moment": "momentum", "kinds": "kind", "Weight_Decay": "weight_decay"},
     **{"adamw_lr": '"lr"', "adamw_betas": '"betas"', "max_grad_norm": "to the optimizer", "ns": "to the optimizer"},
     **{"maximize": "not supported", "capturable": "not supported", "fused": "not supported"},
 }
@@ -42,7 +42,8 @@ FINE: dict[str, list[Any]] = {
     "eps": [1, 1e-30],
     **{key: [0.1] for key in ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")},
     **{key: [False, None] for key in ("maximize", "foreach", "fused", "capturable", "differentiable")},
-    **{key: ["mine", 3] for key in ("name", "tag", "lr_scale", "no_decay", "layer")},
+    **{key: ["mine", 3] for key in ("name", "tag", "lr_scale", "no_decay", "layer", "id", "index", "bias")},
+    **{key: [0.5, True] for key in ("lr0", "warmup_lr", "weight_decay_mult", "decoupled_weight_decay", "steps")},
 }
 
 
@@ -132,7 +133,7 @@ def test_entrances_agree_on_any_value(key: str, value: Any) -> None:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from([name for name in GroupSettings.model_fields if len(name) > 4]),
+    name=st.sampled_from([name for name in GroupSettings.model_fields if len(name) > 5]),
     place=st.integers(0, 20),
     letter=st.sampled_from(string.ascii_lowercase),
     edit=st.sampled_from(["drop", "double", "replace", "swap"]),
