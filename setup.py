@@ -42,7 +42,7 @@ setup(
     packages=find_packages(include=["distmuon*"]),
     package_data={"distmuon": ["py.typed"]},
     # Only a range: the torch that is already there, of whatever build, must not be replaced.
-    install_requires=["numpy>=1.26", "pydantic>=2.7", "torch>=2.6", "wrapt>=1.16"],
+    install_requires=["numpy>=1.26", "pydantic>=2.7", "safetensors>=0.4", "torch>=2.6", "wrapt>=1.16"],
     extras_require={
         "deepspeed": DEEPSPEED,
         "train": TRAIN,

@@ -152,7 +152,7 @@ class ReducingOptimizer(CheckedOptimizer):
         """Refuse to show what only all ranks together can make; one rank alone makes it."""
         if self._main.size == 1:
             self._meet()
-        if self._placed != len(self.param_groups):
+        if self._placed < len(self.param_groups):
             raise SynchronizationError(
                 "param groups were added and are not placed yet; call optimizer.check_agreement() on every rank first."
             )
@@ -176,7 +176,7 @@ class ReducingOptimizer(CheckedOptimizer):
         Returns:
             Whether there were any.
         """
-        if self._placed == len(self.param_groups):
+        if self._placed >= len(self.param_groups):
             return False
         try:
             agree(self._main, [count_of_groups(self.param_groups)])

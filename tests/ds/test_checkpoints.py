@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,44 @@ def test_world_and_expert_parallel_size_may_change(
         f"DeepSpeed {before[0]} ranks, ep_size {before[1]} to {after[0]} ranks, ep_size {after[1]}: "
         f"{len(whole(saved, 0))} values of state and 2 more steps, 0 bits differ"
     )
+
+
+def repeated(rank: int, world: int, group: Any, folder: str) -> tuple[Any, ...]:
+    """One tag twice, then a schedule of another class, then a directory that one rank does not see."""
+    engine = build(config(scheduler=SCHEDULER), 1)
+    engine.save_checkpoint(folder, tag="best")
+    advance(engine, 0, 1)
+    engine.save_checkpoint(folder, tag="best", client_state={"again": True})
+    _, client = engine.load_checkpoint(folder, tag="best")
+    other = build(config(), 1, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 5))
+    before = bits(other)
+    schedule = attempt(lambda: other.load_checkpoint(folder))
+    hidden = attempt(lambda: other.load_checkpoint(folder if rank == 0 else f"{folder}/nothing"))
+    return client, schedule, hidden, bits(other) == before
+
+
+def test_tags_schedules_and_directories(ds2: RankPool, tmp_path: Path) -> None:
+    for client, schedule, hidden, unchanged in ds2.run(2, repeated, str(tmp_path)):
+        assert client == {"again": True}
+        assert "StateError" in schedule[0]
+        assert "StepLR needs" in schedule[1]
+        assert "CheckpointError" in hidden[0]
+        assert "ranks [1] see no checkpoint" in hidden[1]
+        assert unchanged
+
+
+def plateau(rank: int, world: int, group: Any, folder: str) -> tuple[float, float, int]:
+    """A schedule whose state has an infinity and one whose keys are numbers."""
+    schedules = torch.optim.lr_scheduler
+    engine = build(config(), 1, lr_scheduler=lambda optimizer: schedules.MultiStepLR(optimizer, [2, 2, 9]))
+    engine.lr_scheduler.best = float("inf")
+    engine.save_checkpoint(folder)
+    engine.lr_scheduler.best = 0.0
+    engine.lr_scheduler.milestones = Counter()
+    engine.load_checkpoint(folder)
+    return engine.lr_scheduler.best, engine.get_lr()[0], engine.lr_scheduler.milestones[2]
+
+
+def test_schedules_with_odd_state(ds2: RankPool, tmp_path: Path) -> None:
+    for best, rate, twice in ds2.run(2, plateau, str(tmp_path)):
+        assert (best, rate, twice) == (float("inf"), 0.02, 2)

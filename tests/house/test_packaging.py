@@ -48,7 +48,7 @@ def test_every_folder_with_code_is_a_package(package: dict[str, Any]) -> None:
 
 
 def test_the_core_needs_neither_deepspeed_nor_triton(package: dict[str, Any]) -> None:
-    assert names(package["install_requires"]) == {"numpy", "pydantic", "torch", "wrapt"}
+    assert names(package["install_requires"]) == {"numpy", "pydantic", "safetensors", "torch", "wrapt"}
     (torch,) = [Requirement(item) for item in package["install_requires"] if item.startswith("torch")]
     assert {clause.operator for clause in torch.specifier} == {">="}
 
