@@ -50,6 +50,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "checkpoint":
+        return importlib.import_module("distmuon.checkpoint")
     if name not in _HOMES:
         raise AttributeError(f"module 'distmuon' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

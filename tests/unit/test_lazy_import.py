@@ -49,6 +49,14 @@ def test_all_lists_the_public_names() -> None:
     assert dir(distmuon) == sorted(set(dir(distmuon)))
 
 
+def test_checkpoints_need_no_import_of_their_own() -> None:
+    code = "import distmuon; print(callable(distmuon.checkpoint.save))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "True\n"
+
+
 @pytest.mark.parametrize("name", ["DistMoun", "muon_", "__wrapped__"])
 def test_unknown_names(name: str) -> None:
     with pytest.raises(AttributeError, match=f"module 'distmuon' has no attribute '{name}'"):
