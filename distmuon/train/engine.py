@@ -33,7 +33,7 @@ def join_ranks(timeout_s: float = 600.0) -> None:
         # On a CPU, DeepSpeed would compile a shared-memory extension for about a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=timeout_s)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
         _join_attempt(timeout)
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 

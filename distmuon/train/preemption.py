@@ -8,7 +8,11 @@ from typing import Any
 
 
 class StopRequest:
-    """Remembers whether SIGTERM arrived while the block ran; the previous handler is restored afterwards."""
+    """Remembers whether SIGTERM arrived while the block ran.
+
+    The previous handler is restored afterwards; if the signal came, the process is about to end, and further ones, with
+    which launchers repeat themselves, are ignored.
+    """
 
     def __init__(self) -> None:
         self.received = False
@@ -19,7 +23,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if self.received else self._before)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = True
