@@ -73,7 +73,7 @@ class Failures:
     def _find_missing(self, timed_out: bool) -> tuple[list[int], list[int]]:
         """Ranks that are gone, and ranks that may be alive but said nothing."""
         main, rank = self.groups[0], dist.get_rank()
-        peers = [peer for peer in dist.get_process_group_ranks(main) if peer != rank]
+        peers = _peers(main)
         # A group of gloo that timed out has closed all its connections itself.
         closed = set() if timed_out else {peer for group in self.groups for peer in _closed_by(group)}
         reports = _Reports(f"distmuon/failed/{getattr(main, 'group_name', '')}", rank, sorted(closed), peers)
@@ -159,12 +159,11 @@ def _closed_by(group: dist.ProcessGroup | None) -> list[int]:
     if _gloo(group) is None:
         return []
     closed = []
-    for peer in dist.get_process_group_ranks(group):
-        if peer != dist.get_rank():
-            try:
-                dist.irecv(torch.empty(1), peer, group=group, tag=_PROBE_TAG)
-            except RuntimeError:
-                closed.append(peer)
+    for peer in _peers(group):
+        try:
+            dist.irecv(torch.empty(1), peer, group=group, tag=_PROBE_TAG)
+        except RuntimeError:
+            closed.append(peer)
     return closed
 
 
@@ -176,12 +175,16 @@ def _close(group: dist.ProcessGroup | None) -> None:
     """
     if _gloo(group) is None:
         return
-    for peer in dist.get_process_group_ranks(group):
-        if peer != dist.get_rank():
-            # Nothing can be received from a rank whose connection is closed; try the next.
-            with contextlib.suppress(RuntimeError):
-                work: Any = dist.irecv(torch.empty(1), peer, group=group, tag=_PROBE_TAG)
-                work.wait(timedelta(milliseconds=1))
+    for peer in _peers(group):
+        # Nothing can be received from a rank whose connection is closed; try the next.
+        with contextlib.suppress(RuntimeError):
+            work: Any = dist.irecv(torch.empty(1), peer, group=group, tag=_PROBE_TAG)
+            work.wait(timedelta(milliseconds=1))
+
+
+def _peers(group: dist.ProcessGroup | None) -> list[int]:
+    """Global ranks of the others in a group."""
+    return [peer for peer in dist.get_process_group_ranks(group) if peer != dist.get_rank()]
 
 
 def _name(ranks: Sequence[int], verb: bool = True) -> str:

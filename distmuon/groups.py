@@ -111,7 +111,7 @@ def check_group(group: Mapping[str, Any]) -> GroupSettings:
         The settings.
 
     Raises:
-        ConfigError: a setting is missing or out of range, or a key is unknown and looks like one that is not.
+        ConfigError: a setting is missing or out of range.
     """
     _kind(group)
     given = {key: plain(group[key]) for key in GroupSettings.model_fields if key in group}

@@ -125,17 +125,13 @@ class Muon(CheckedOptimizer):
         for param in self._bound:
             check_form(param)
         settings = [check_group(group) for group in self.param_groups]
-        grads = [
-            [p.new_zeros(p.shape, dtype=torch.float32) if p.grad is None else p.grad.float() for p in group["params"]]
-            for group in self.param_groups
-        ]
         trained = [
-            grad
-            for group, of_group in zip(self.param_groups, grads, strict=True)
-            for parameter, grad in zip(group["params"], of_group, strict=True)
-            if parameter.requires_grad
+            (p, p.new_zeros(p.shape, dtype=torch.float32) if p.grad is None else p.grad.float(), number)
+            for number, group in enumerate(self.param_groups)
+            for p in group["params"]
+            if p.requires_grad
         ]
-        verdict = judge(sum(float(grad.double().square().sum()) for grad in trained))
+        verdict = judge(sum(float(grad.double().square().sum()) for _, grad, _ in trained))
         if not verdict.finite:
             error = self._count_skip(self._non_finite)
             if error is not None:
@@ -143,11 +139,9 @@ class Muon(CheckedOptimizer):
             return loss
         self._skipped_in_a_row = 0
         coefficient = clip_coefficient(verdict.norm, self.settings.max_grad_norm)
-        for group, of_group, hyper in zip(self.param_groups, grads, settings, strict=True):
-            for parameter, grad in zip(group["params"], of_group, strict=True):
-                if parameter.requires_grad:
-                    split = row_blocks("", parameter.shape, group.get("split"))
-                    self._update(parameter, grad if coefficient == 1.0 else grad * coefficient, hyper, split)
+        for parameter, grad, number in trained:
+            split = row_blocks("", parameter.shape, self.param_groups[number].get("split"))
+            self._update(parameter, grad if coefficient == 1.0 else grad * coefficient, settings[number], split)
         return loss
 
     def _non_finite(self) -> list[str]:

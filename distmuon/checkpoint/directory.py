@@ -68,9 +68,23 @@ def begin(directory: Path, name: str, run: str, step: int, replace: bool) -> Pat
     _clear(directory)
     if not replace:
         _check_new(directory, name, step)
-    temporary = directory / f"{name}{_UNFINISHED}{run}"
+    temporary = unfinished(directory, name, run)
     temporary.mkdir()
     return temporary
+
+
+def unfinished(directory: Path, name: str, run: str) -> Path:
+    """Where a checkpoint is while it is written.
+
+    Args:
+        directory: of all checkpoints.
+        name: that the checkpoint will have.
+        run: random name of the save.
+
+    Returns:
+        The path.
+    """
+    return directory / f"{name}{_UNFINISHED}{run}"
 
 
 @contextlib.contextmanager
@@ -196,8 +210,8 @@ def prune(checkpoint: Path, step: int, keep: int) -> None:
         keep: how many whole ones to keep, this one among them.
     """
     directory = checkpoint.parent
-    older = sorted((found for found in _readable(directory) if found[0] < step), key=lambda found: found[0])
-    whole = [path for _, path in older if _has_its_files(path)]
+    older = sorted((found for found in _readable(directory) if found[0].step < step), key=_step)
+    whole = [path for manifest, path in older if _has_its_files(path, manifest)]
     kept = {*whole[max(0, len(whole) - keep + 1) :], latest(directory)}
     for path in whole:
         if path in kept:
@@ -234,13 +248,18 @@ def _clear(directory: Path) -> None:
 
 
 def _newest(directory: Path) -> Path | None:
-    return max(_readable(directory), default=(0, None), key=lambda found: found[0])[1]
+    found = max(_readable(directory), default=None, key=_step)
+    return None if found is None else found[1]
 
 
-def _has_its_files(path: Path) -> bool:
+def _step(found: tuple[Manifest, Path]) -> int:
+    return found[0].step
+
+
+def _has_its_files(path: Path, manifest: Manifest) -> bool:
     """Whether every file of a checkpoint is there in its size."""
-    files = read_manifest(path).files
-    return all((path / name).is_file() and (path / name).stat().st_size == file.bytes for name, file in files.items())
+    files = manifest.files.items()
+    return all((path / name).is_file() and (path / name).stat().st_size == file.bytes for name, file in files)
 
 
 def _check_new(directory: Path, name: str, step: int) -> None:
@@ -258,16 +277,16 @@ def _check_new(directory: Path, name: str, step: int) -> None:
     raise CheckpointError(f"{final} is there already; save under another step or directory, or remove it.")
 
 
-def _readable(directory: Path) -> Iterator[tuple[int, Path]]:
-    """Step and path of each checkpoint whose manifest is whole."""
+def _readable(directory: Path) -> Iterator[tuple[Manifest, Path]]:
+    """Manifest and path of each checkpoint whose manifest is whole."""
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         if _UNFINISHED not in path.name and _is_checkpoint(path):
             try:
-                manifest: Manifest = read_manifest(path)
+                manifest = read_manifest(path)
             except CheckpointError as error:
                 log.warning("%s", error)
                 continue
-            yield manifest.step, path
+            yield manifest, path
 
 
 def _is_name(name: str) -> bool:

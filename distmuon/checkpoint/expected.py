@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from distmuon.checkpoint.holdings import sections
 from distmuon.checkpoint.manifest import Manifest, State
 from distmuon.checkpoint.names import ModelTensors
 from distmuon.checkpoint.snapshot import NOT_SETTINGS
+from distmuon.config import plain
 from distmuon.errors import StateError
 from distmuon.groups import check_group
 
@@ -36,7 +35,7 @@ def wanted(tensors: ModelTensors, groups: Sequence[Mapping[str, Any]], names: Ma
     """
     named = [("weight", name, value) for name, value in tensors.parameters.items()]
     named += [("buffer", name, value) for name, value in tensors.buffers.items()]
-    found = [Wanted(f"{section}/{name}", tuple(value.shape), _name(value.dtype)) for section, name, value in named]
+    found = [Wanted(f"{section}/{name}", tuple(value.shape), plain(value.dtype)) for section, name, value in named]
     for group in groups:
         for parameter in group["params"]:
             if parameter.requires_grad:
@@ -145,7 +144,3 @@ def _like(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
         if key not in NOT_SETTINGS:
             found[key] = tuple(value) if isinstance(value, list) and not isinstance(group.get(key), list) else value
     return found
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -59,7 +59,6 @@ def load(
         rename: as for ``save``.
         strict: whether model and checkpoint must have the same tensors.
         rng: whether to restore the random number generators, if there are as many ranks as there were.
-
         accept: raises a DistMuonError if it does not like the ``extra`` of the checkpoint.
 
     Returns:

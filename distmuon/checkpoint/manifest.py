@@ -139,15 +139,14 @@ def read_state(directory: Path) -> State:
     return _validated(State, parse_json(path, read_bytes(path)), path)
 
 
-def describe_file(path: Path, whole: bool = True) -> StoredFile:
-    """Measure and hash a file without holding it in memory.
+def file_size(path: Path) -> int:
+    """Bytes of a file.
 
     Args:
         path: a regular file, not a link.
-        whole: False leaves the hash out.
 
     Returns:
-        Its size and SHA-256; all zeros without.
+        Its size.
 
     Raises:
         CheckpointError: it is missing, or not a regular file.
@@ -156,11 +155,26 @@ def describe_file(path: Path, whole: bool = True) -> StoredFile:
         raise CheckpointError(
             f"{path} is missing or not a regular file; the checkpoint is not whole, load an older one."
         )
-    digest = hashlib.sha256()
+    return path.stat().st_size
+
+
+def describe_file(path: Path) -> StoredFile:
+    """Measure and hash a file without holding it in memory.
+
+    Args:
+        path: a regular file, not a link.
+
+    Returns:
+        Its size and SHA-256.
+
+    Raises:
+        CheckpointError: it is missing, or not a regular file.
+    """
+    size, digest = file_size(path), hashlib.sha256()
     with path.open("rb") as stream:
-        while whole and (data := stream.read(_READ_BYTES)):
+        while data := stream.read(_READ_BYTES):
             digest.update(data)
-    return StoredFile(bytes=path.stat().st_size, sha256=digest.hexdigest() if whole else "0" * 64)
+    return StoredFile(bytes=size, sha256=digest.hexdigest())
 
 
 def read_bytes(path: Path) -> bytes:
@@ -175,7 +189,7 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         CheckpointError: it is missing, not a regular file, or too large to be ours.
     """
-    size = describe_file(path, whole=False).bytes
+    size = file_size(path)
     if size > _LARGEST_JSON:
         raise CheckpointError(f"{path} has {size} bytes; at most {_LARGEST_JSON} are legal.")
     try:

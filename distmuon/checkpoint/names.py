@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, get_args
 from torch import Tensor, nn
 
 from distmuon.checkpoint.manifest import AnyDType
+from distmuon.config import plain
 from distmuon.errors import CheckpointError, StateError
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
@@ -43,7 +44,7 @@ def model_tensors(model: nn.Module, rename: Rename) -> ModelTensors:
                 f'the model\'s state "{name}" is a {type(value).__name__}; only tensors can be saved, '
                 'so put it into "extra" as plain values.'
             )
-        if str(value.dtype).removeprefix("torch.") not in get_args(AnyDType):
+        if plain(value.dtype) not in get_args(AnyDType):
             raise CheckpointError(f'the model\'s tensor "{name}" is {value.dtype}, which checkpoints do not have.')
         if id(value) not in known:
             known.add(id(value))

@@ -14,6 +14,7 @@ from distmuon.checkpoint.names import Rename
 from distmuon.checkpoint.snapshot import Optimizer, Snapshot, take
 from distmuon.checkpoint.together import host_group, new_group, ranks_of, same, settle, together
 from distmuon.checkpoint.write import Target, make_target, write
+from distmuon.comm import Group
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +59,8 @@ def save(
         CheckpointError: a rank could not write; raised on every rank, and the checkpoint before stays the latest.
     """
     group = host_group(ranks_of(optimizer))
-    target = together(group, "save", lambda: make_target(directory, step, extra, name, keep, point))
-    target = target._replace(replace=replace)
-    same(group, "what to save", (*target[1:3], *target[4:], rng, frozen))
-    settle(optimizer)
-    snapshot = together(group, "copy its state", lambda: take(model, optimizer, group, rename, rng, frozen))
-    return write(target, snapshot, group)
+    target = together(group, "save", lambda: make_target(directory, step, extra, name, keep, point, replace))
+    return write(target, _take(target, group, model, optimizer, rename, rng, frozen), group)
 
 
 class Saver:
@@ -105,11 +102,8 @@ class Saver:
             CheckpointError: this save could not be begun, or the one before failed.
         """
         together(self._group, "write the checkpoint before", self.wait)
-        group, model, optimizer = self._group, self._model, self._optimizer
-        target = together(group, "save", lambda: make_target(self._where, step, extra, name, self._keep, True))
-        same(group, "what to save", (target.name, target.step, target.keep))
-        settle(optimizer)
-        snapshot = together(group, "copy its state", lambda: take(model, optimizer, group, self._rename))
+        target = together(self._group, "save", lambda: make_target(self._where, step, extra, name, self._keep))
+        snapshot = _take(target, self._group, self._model, self._optimizer, self._rename)
         # No daemon: an interpreter that ends still finishes what it began to save.
         self._thread = threading.Thread(target=self._write, args=(target, snapshot), name="distmuon-checkpoint")
         self._thread.start()
@@ -146,3 +140,18 @@ class Saver:
             # Also logged, since nobody may come to ask.
             log.error("a checkpoint could not be saved: %s", error)
             self._error = error
+
+
+def _take(
+    target: Target,
+    group: Group,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    rename: Rename,
+    rng: bool = True,
+    frozen: bool = True,
+) -> Snapshot:
+    """Agree on what to save, and copy it."""
+    same(group, "what to save", (target.name, target.step, target.keep, target.point, target.replace, rng, frozen))
+    settle(optimizer)
+    return together(group, "copy its state", lambda: take(model, optimizer, group, rename, rng, frozen))

@@ -22,6 +22,7 @@ from distmuon.checkpoint.store import Part
 from distmuon.comm import Group
 from distmuon.dist_muon import DistMuon
 from distmuon.errors import CheckpointError
+from distmuon.groups import STRUCTURE
 from distmuon.muon import Muon
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 Optimizer = DistMuon | Muon
 
 # What a param group says of its members and not of their settings.
-NOT_SETTINGS = {"params", "param_names", "positions", "split", "expert_group", "kind", "name", "moe"}
+NOT_SETTINGS = {*STRUCTURE, "name", "moe"}
 
 
 @dataclass

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from distmuon.checkpoint.manifest import SUFFIX, Chunk, Manifest, StoredTensor
 from distmuon.comm import Group
+from distmuon.config import plain
 from distmuon.errors import CheckpointError
 
 
@@ -76,7 +77,7 @@ def write_tensors(directory: Path, parts: Mapping[str, Part], group: Group) -> d
     return {
         key: StoredTensor(
             shape=part.shape,
-            dtype=_name(part.values.dtype),
+            dtype=plain(part.values.dtype),
             chunks=(Chunk(file=file, offsets=part.offsets, sizes=tuple(part.values.shape)),),
         )
         for key, part in parts.items()
@@ -218,7 +219,3 @@ def _write_item(key: str, part: Part) -> WriteItem:
 
 def _chunk(offsets: Sequence[int], sizes: Sequence[int]) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-
-
-def _name(dtype: torch.dtype) -> Any:
-    return str(dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ from distmuon.checkpoint.manifest import (
     Manifest,
     State,
     describe_file,
+    file_size,
     read_manifest,
     read_state,
 )
@@ -126,10 +127,10 @@ def check_files(path: Path, manifest: Manifest, check: Check, share: tuple[int, 
         raise CheckpointError(f"{path / MANIFEST} does not list {STATE}.")
     rank, ranks = share
     for name, stored in sorted(manifest.files.items())[rank::ranks]:
-        found = describe_file(path / name, whole=False)
-        if found.bytes != stored.bytes:
+        size = file_size(path / name)
+        if size != stored.bytes:
             raise CheckpointError(
-                f"{path / name} has {found.bytes} bytes and should have {stored.bytes}; load an older checkpoint."
+                f"{path / name} has {size} bytes and should have {stored.bytes}; load an older checkpoint."
             )
         if check == "full" and describe_file(path / name) != stored:
             raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the manifest's; {_REMEDY}.")

@@ -38,9 +38,9 @@ class Target(NamedTuple):
     name: str
     step: int
     extra: Mapping[str, Any]
-    keep: int | None = None
-    point: bool = True
-    replace: bool = False
+    keep: int | None
+    point: bool
+    replace: bool
 
 
 class Written(NamedTuple):
@@ -52,12 +52,18 @@ class Written(NamedTuple):
 
 
 def make_target(
-    directory: Path | str, step: int, extra: Mapping[str, Any] | None, name: str | None, keep: int | None, point: bool
+    directory: Path | str,
+    step: int,
+    extra: Mapping[str, Any] | None,
+    name: str | None,
+    keep: int | None,
+    point: bool = True,
+    replace: bool = False,
 ) -> Target:
     """Check what the caller asks for.
 
     Args:
-        directory, step, extra, name, keep, point: as for ``save``.
+        directory, step, extra, name, keep, point, replace: as for ``save``.
 
     Returns:
         The target.
@@ -77,7 +83,7 @@ def make_target(
         raise CheckpointError('"extra" (client_state) must be JSON with text as keys; this would come back changed.')
     name = directories.step_name(step) if name is None else name
     directories.check_name(name, step)
-    return Target(Path(directory), name, step, plain, keep, point)
+    return Target(Path(directory), name, step, plain, keep, point, replace)
 
 
 def _as_lists(value: Any) -> Any:
@@ -115,7 +121,7 @@ def _write_alone(target: Target, snapshot: Snapshot, group: Group) -> Path:
     first = group.rank == 0
     run = group.all_gather_text(uuid.uuid4().hex[:12])[0]
     final = target.directory / target.name
-    temporary = target.directory / f"{target.name}.tmp-{run}"
+    temporary = directories.unfinished(target.directory, target.name, run)
 
     def on_first(what: str, action: Callable[[], object]) -> None:
         together(group, what, lambda: action() if first else None)
